@@ -28,7 +28,11 @@ def test_the_exported_package_imports_in_a_fresh_process(tmp_path):
     files = export.package_files()
     export.write(files, tmp_path / "bitlib")
     names = sorted("bitlib." + name.removesuffix(".py").replace("/", ".") for name in files if "__init__" not in name)
-    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\nprint(sys.modules['bitlib'].__file__)"
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+        "print(sys.modules['bitlib'].__file__)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code, *names], cwd=tmp_path, env=environment, capture_output=True, text=True

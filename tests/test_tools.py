@@ -116,7 +116,8 @@ def test_export_copies_cells_verbatim_and_in_order(project):
     project.chapter("02_conv", CONV)
     files = export.package_files(project.root)
     assert files["norm.py"] == (
-        '"""About norm.\n\nExported from chapters/01_norm.py by tools/export.py: edit the chapter, not this file.\n"""\n'
+        '"""About norm.\n\n'
+        'Exported from chapters/01_norm.py by tools/export.py: edit the chapter, not this file.\n"""\n'
         '\n__all__ = [\n    "LIMIT",\n    "root",\n]\n\n'
         "import math\n\nLIMIT = 3\n\n\ndef root(x: float) -> float:\n    return math.sqrt(x)\n"
     )
@@ -190,7 +191,9 @@ def test_an_import_outside_the_first_exported_cell_is_refused(project):
     refused(project, path, f":{project.line(path, 'import os')}:", "first `export` cell")
 
 
-@pytest.mark.parametrize("statement", ["from bitlib.conv import twice", "import bitlib.conv", "from bitlib import conv"])
+@pytest.mark.parametrize(
+    "statement", ["from bitlib.conv import twice", "import bitlib.conv", "from bitlib import conv"]
+)
 def test_an_import_of_a_later_chapter_is_refused(project, statement):
     path = project.chapter("01_norm", NORM.replace("import math", f"import math\n{statement}"))
     project.chapter("02_conv", CONV)
@@ -218,7 +221,8 @@ def test_a_module_exported_twice_or_never_is_refused(project):
 
 
 def test_checkers_are_exported_beside_the_modules(project):
-    body = NORM + '\n# %% tags=["check", "hide-cell"]\nfrom bitlib.norm import root\n\n\ndef check_root(f):\n    assert f(4.0) == root(4.0)\n'
+    checker = "from bitlib.norm import root\n\n\ndef check_root(f):\n    assert f(4.0) == root(4.0)\n"
+    body = NORM + '\n# %% tags=["check", "hide-cell"]\n' + checker
     project.chapter("01_norm", body)
     files = export.package_files(project.root)
     assert "def check_root" in files["checks/norm.py"]
@@ -389,5 +393,5 @@ def test_stamp_brings_the_address_into_every_chapter(project):
     assert stamp.main([*arguments, "--check"]) == 1
     assert any("another address" in problem for problem in check.check_source(read_chapter(path), project.root))
     assert stamp.main(arguments) == 0
-    assert "git+https://example.org/a/b\"" in path.read_text()
+    assert 'git+https://example.org/a/b"' in path.read_text()
     assert stamp.main([*arguments, "--check"]) == 0

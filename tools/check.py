@@ -81,14 +81,14 @@ def check_notebook(chapter: Chapter, root: Path = ROOT) -> list[str]:
     notebook = nbformat.read(chapter.notebook, as_version=4)
     problems = []
     if len(notebook.cells) != len(chapter.cells):
-        return [
-            str(chapter.error(f"the notebook has {len(notebook.cells)} cells, the .py {len(chapter.cells)}; run `make notebooks`"))
-        ]
+        counts = f"the notebook has {len(notebook.cells)} cells, the .py {len(chapter.cells)}"
+        return [str(chapter.error(f"{counts}; run `make notebooks`"))]
     count = 0
     for cell, source in zip(notebook.cells, chapter.cells, strict=True):
         kinds = (cell.cell_type, tuple(cell.metadata.get("tags", ())))
         if cell.source != source.source or kinds != (source.kind, source.tags):
-            problems.append(str(chapter.error("the notebook's cell differs from the .py; run `make notebooks`", source.line)))
+            difference = "the notebook's cell differs from the .py; run `make notebooks`"
+            problems.append(str(chapter.error(difference, source.line)))
             continue
         if cell.cell_type == "code":
             count += 1

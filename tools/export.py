@@ -52,7 +52,8 @@ def module_source(chapter: Chapter, tag: str, allowed_imports: list[str], seen: 
     what = chapter.summary or f"From the chapter {chapter.path.stem}."
     if tag == "check":
         what = f"Checkers for the exercises of the chapter {chapter.path.stem}: hand each your own object."
-    header = f'"""{what}\n\nExported from chapters/{chapter.path.name} by tools/export.py: edit the chapter, not this file.\n"""'
+    note = f"Exported from chapters/{chapter.path.name} by tools/export.py: edit the chapter, not this file."
+    header = f'"""{what}\n\n{note}\n"""'
     names = "".join(f'    "{name}",\n' for name in public)
     text = f"{header}\n\n__all__ = [\n{names}]\n\n" + "\n\n\n".join(bodies) + "\n"
     if tag == "export" and chapter.entry:

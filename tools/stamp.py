@@ -1,6 +1,6 @@
 """Write the repository's address, which stands in _config.yml alone, into the set-up cell of every chapter.
 
-    python tools/stamp.py [--check]
+python tools/stamp.py [--check]
 """
 
 from __future__ import annotations
