@@ -150,7 +150,8 @@ def resize(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     if min(height, width) < 1:
         raise ValueError(f"cannot resize to {height}x{width}; both sides must be at least 1")
     flat = images.reshape(-1, *images.shape[-3:])
-    if images.device.type != "cpu":  # only the CPU has a kernel for uint8
+    # Only the CPU has a kernel for uint8, and torch 2.14's is wrong for a picture one pixel wide.
+    if images.device.type != "cpu" or width == 1:
         flat = flat.float()
     flat = F.interpolate(flat, (height, width), mode="bilinear", antialias=True)
     if flat.is_floating_point():

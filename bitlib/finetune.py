@@ -77,6 +77,8 @@ def few_shot(
     labels = labels_of(dataset_or_labels)
     if len(labels) == 0:
         raise ValueError("there are no examples to draw from; the labels are empty")
+    if labels.min() < 0:
+        raise ValueError(f"label {int(labels.min())} is no class; classes are numbered from 0")
     free = torch.ones(len(labels), dtype=torch.bool)
     free[torch.as_tensor(list(exclude), dtype=torch.long)] = False
     chosen: list[int] = []

@@ -706,8 +706,8 @@ def train(
                         run.lap()
                         run.save(state)
                         raise TrainingInterrupted(
-                            f"stopped by {signal.Signals(stop).name}, saved at step {state.step} of {steps} in {run.dir}; "
-                            "the same command goes on from there",
+                            f"stopped by {signal.Signals(stop).name}, saved at step {state.step} of {steps} "
+                            f"in {run.dir}; the same command goes on from there",
                             stop,
                         )
 
@@ -903,7 +903,12 @@ def pretrain(
     )
     if device is None:
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"no device {device!r}; use cpu, cuda or cuda:1, for example") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{device} is asked for, but PyTorch sees no GPU here")
     if config.batch_size < world:
         raise ValueError(f"a batch of {config.batch_size} cannot be shared by {world} processes")
     joined = world > 1 and not dist.is_initialized()
@@ -920,7 +925,8 @@ def pretrain(
         if config.group_weights is not None:
             if len(config.group_weights) != len(groups):
                 raise ValueError(
-                    f"{len(config.group_weights)} group weights for {len(groups)} groups: {', '.join(g.name for g in groups)}"
+                    f"{len(config.group_weights)} group weights for {len(groups)} groups: "
+                    + ", ".join(g.name for g in groups)
                 )
             groups = [dataclasses.replace(g, weight=w) for g, w in zip(groups, config.group_weights, strict=True)]
         if config.val_images > len(held_out):

@@ -80,6 +80,7 @@ assert strength["batch norm"].min() > 0.8 and weakest < 0.2 and strongest > 2
 figure, axes = plt.subplots()
 for (name, std), marker in zip(strength.items(), "os", strict=True):
     axes.loglog(shrink.flatten(), std, marker, label=name, alpha=0.8)
+axes.set_xlim(0.009, 1.1)
 axes.set_xlabel("factor by which the filter was shrunk")
 axes.set_ylabel("standard deviation of its channel\nafter the normalisation")
 axes.legend()

@@ -352,7 +352,7 @@ def _can_fuse(block: PreActBottleneck, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if torch.is_autocast_enabled("cpu") or x.shape[1] != block.norm1.num_channels:
+    if torch.is_autocast_enabled("cpu"):
         return False
     for part in block.children():
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
@@ -365,7 +365,7 @@ def _can_fuse(block: PreActBottleneck, x: Tensor) -> bool:
             return False
         if part.weight.dtype != x.dtype:
             return False
-    return True
+    return x.shape[1] == block.norm1.num_channels
 
 
 def _fused_bottleneck(block: PreActBottleneck, x: Tensor) -> Tensor:
@@ -547,8 +547,8 @@ for arguments in ((16, 32, 2, 4), (16, 32, 1, 4), (32, 32, 1, 8)):
     print(f"{block}: equal to 12 digits")
 
 small, x = PreActBottleneck(8, 16, 2, 4).double(), torch.randn(2, 8, 4, 3, dtype=torch.double, requires_grad=True)
-print("first derivatives:", torch.autograd.gradcheck(small, (x,)))
-print("second derivatives:", torch.autograd.gradgradcheck(small, (x,)))
+print("first derivatives:", torch.autograd.gradcheck(small, (x,), fast_mode=True))
+print("second derivatives:", torch.autograd.gradgradcheck(small, (x,), fast_mode=True))
 
 # %% [markdown]
 # The fused form steps aside, for the plain one, on a GPU, under autocast, while `torch.compile` or `torch.export`
@@ -689,7 +689,9 @@ class ResNetV2(nn.Module):
         self.norm = GroupNorm(groups, channels)
         self.num_features = channels
         self.reset_head(num_classes)
-        self.to(memory_format=torch.channels_last)  # how the weights lie in memory: see "The same network, faster"
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+                module.to(memory_format=torch.channels_last)  # a layout in memory that is faster; shapes stay
 
     def reset_head(self, num_classes: int) -> None:
         """Give the model a new head of zeros with num_classes outputs, or none with 0."""
@@ -744,6 +746,8 @@ def _as_images(x: Tensor) -> Tensor:
         raise ValueError(f"the network takes a batch of images of shape (N, 3, H, W); got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise TypeError(f"the network takes float images in [-1, 1]; got {x.dtype}: use bitlib.data.normalize first")
+    if torch._C._are_functorch_transforms_active():
+        return x  # vmap knows no layouts
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -754,7 +758,7 @@ def create_model(name: str, num_classes: int = 1000) -> ResNetV2:
     num_classes: outputs of the head, which starts at zero; 0 gives the pooled features instead.
     Raises ValueError for a name that no network has, and names the nearest that one has.
     """
-    match = re.fullmatch(r"R(\d+)x(\d+(?:\.\d+)?)", name)
+    match = re.fullmatch(r"R([1-9][0-9]*)x([0-9]+(?:\.[0-9]+)?)", name)
     depth, width_factor = (int(match[1]), float(match[2])) if match else (0, 0.0)
     # Whole groups: below width 1 there are 32 * width_factor of them, above it 64 * width_factor channels share 32.
     whole = (width_factor * (32 if width_factor < 1 else 2)).is_integer()
@@ -886,7 +890,7 @@ for name, published in {"R50x1": 3.8, "R101x1": 7.6, "R152x1": 11.3}.items():
 
 # %% [markdown]
 # Widening by 4 multiplies almost everything by 16, because a convolution's weights grow with both its inputs and
-# its outputs; tripling the depth only triples. So width is the expensive direction, and BiT goes both ways.
+# its outputs; three times the depth, R152 for R50, costs less than three times as much. BiT goes both ways.
 #
 # ## What does one number see?
 #

@@ -14,7 +14,7 @@ from bitlib.checkpoints import CheckpointError, load_pretrained, load_weights, s
 from bitlib.resnet import create_model
 
 SETTINGS = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

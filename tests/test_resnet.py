@@ -228,11 +228,9 @@ def test_backbone_has_no_gradient_until_the_head_has_moved():
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [("R51x1", "R50x1"), ("R50x1.25", "R50x"), ("R50x0", "R50x"), ("BiT-M-R101x3", "R101x3"), ("r50x1", "R50x1"),
-     ("R26x0.3", "R26x0."), ("", "R"), ("R50x-1", "R50x1"), ("R50x1 ", "R50x1"), ("R50x٣", "R50x")],
+     ("R26x0.3", "R26x0."), ("", "R"), ("R50x-1", "R50x1"), ("R50x1 ", "R50x1"), ("R050x1", "R50x1")],
 )  # fmt: skip
 def test_unknown_name(name, nearest):
-    if name == "R50x٣":  # an Arabic-Indic three: a digit to Python's int, but not a name that anyone meant
-        pytest.skip("int() and float() read it as 3")
     with pytest.raises(ValueError) as error:
         create_model(name)
     assert repr(name) in str(error.value) and f"did you mean '{nearest}" in str(error.value)
@@ -319,8 +317,8 @@ def test_fused_gradients_and_their_gradients():
     for arguments in ((8, 16, 2, 4), (16, 16, 1, 4)):
         block = PreActBottleneck(*arguments).double()
         x = torch.randn(2, arguments[0], 4, 3, dtype=torch.double, requires_grad=True)
-        assert torch.autograd.gradcheck(block, (x,))
-        assert torch.autograd.gradgradcheck(block, (x,))
+        assert torch.autograd.gradcheck(block, (x,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(block, (x,), fast_mode=True)
         weights = list(block.parameters())
 
         def second(block=block, x=x, weights=weights):
@@ -388,9 +386,10 @@ def test_fused_form_steps_aside(monkeypatch):
     dilated.block4.unit01.proj.stride = (1, 1)
     assert fused_calls(dilated, x, monkeypatch) == 3
     assert tuple(dilated.features(x).shape) == (2, 512, 3, 3)
-    replaced = mini()
-    replaced.block1.unit01.norm2 = nn.Identity()
-    assert fused_calls(replaced, x, monkeypatch) == 3
+    for part in ("norm1", "norm2"):
+        replaced = mini()
+        replaced.block1.unit01.set_submodule(part, nn.Identity())
+        assert fused_calls(replaced, x, monkeypatch) == 3
     assert fused_calls(mini(dtype=torch.bfloat16), x.bfloat16(), monkeypatch) == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert fused_calls(mini(), x, monkeypatch) == 0
@@ -473,6 +472,7 @@ def test_compile():
         assert (a - b).norm() <= 1e-2 * b.norm() + 1e-4
 
 
+@pytest.mark.slow
 def test_traces_whole_graph():
     """torch.compile's front end takes the whole network, training or not, without a break."""
     model, x = mini(), images()
@@ -522,6 +522,7 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("error:Grad strides do not match")
 def test_distributed_data_parallel(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch has no distributed package")
