@@ -609,8 +609,8 @@ DOWNSTREAM_PHOTOGRAPHS = {
 
 # %% [markdown]
 # Two typefaces and sixty characters are held out: no image of the upstream shows them, and a downstream task will.
-# The two lists of photographs have none in common. (There is a face among the upstream photographs, and in the end a
-# downstream task about faces: other people, another collection.)
+# The two lists of photographs have none in common. (Two of the upstream photographs show a face, and in the end there
+# is a downstream task about faces: other people, another collection.)
 
 # %%
 assert not set(UPSTREAM_PHOTOGRAPHS.values()) & set(DOWNSTREAM_PHOTOGRAPHS.values())

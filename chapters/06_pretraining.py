@@ -1682,11 +1682,12 @@ for row in result.history.evals:
 # %%
 history, val = result.history, result.val
 start, end = (sum(part) / 20 for part in (history.loss[:20], history.loss[-20:]))
-assert end < 0.65 * start, (start, end)
-assert val["character"] > 0.30, "chance is 1 in 100"
-assert val["position"] > 0.40, "chance is 1 in 16"
-assert val["count"] > 0.40, "chance is 1 in 6"
-print("characters above 30 %, position and count above 40 %, the loss down by more than a third")
+assert end < 0.7 * start, (start, end)
+assert val["character"] > 0.2, "chance is 1 in 100"
+assert val["position"] > 0.35, "chance is 1 in 16"
+assert val["count"] > 0.3, "chance is 1 in 6"
+assert val["typeface"] < 0.3, "chance is 1 in 10"
+print("characters above 20 %, position above 35 %, count above 30 %, typeface below 30 %, the loss down by 30 %")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels over 600 steps. Above, the loss, noisy, starts near 9, rises slightly while the rate warms up and falls to between 4 and 5. Below, the norm of the gradient on a logarithmic axis, within a factor of a few throughout."}}
 figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 4.8))
@@ -1701,6 +1702,10 @@ below.set_xlabel("step")
 plt.show()
 
 # %% [markdown]
+# Where a character stands and which one it is come first; the typeface, a matter of a pixel here and there at this size,
+# hardly comes at all. The bounds in the cell leave room, because another seed or machine gives other figures; a slow test
+# holds them for five seeds.
+#
 # Watch both curves in any run. A loss that leaps together with the gradient's norm is a rate too high or a warm-up too
 # short; a norm that collapses while the loss stands still is a network that has stopped learning.
 #

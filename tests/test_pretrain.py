@@ -582,6 +582,20 @@ def test_the_command_line_refuses_what_it_does_not_know(capsys):
     assert stop.value.code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_chapters_claims_about_its_live_run_hold_for_five_seeds(seed):
+    config = PretrainConfig(
+        model="R14x0.25", data="S", steps=600, batch_size=64, lr=0.05, warmup_steps=30, decay="cosine", image_size=32,
+        seed=seed,
+    )  # fmt: skip
+    result = pretrain(config, eval_every=None, progress=False)
+    start, end = (sum(part) / 20 for part in (result.history.loss[:20], result.history.loss[-20:]))
+    assert end < 0.7 * start
+    assert result.val["character"] > 0.2 and result.val["position"] > 0.35 and result.val["count"] > 0.3
+    assert result.val["typeface"] < 0.3
+
+
 # the exercises' checkers
 
 

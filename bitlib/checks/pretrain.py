@@ -21,7 +21,7 @@ from bitlib.pretrain import sigmoid_cross_entropy
 def check_decay_steps(decay_steps) -> None:
     """decay_steps(epochs, n_images, batch_size) -> the steps, whole numbers."""
     found = decay_steps([30, 60, 80], 1_281_167, 4_096)
-    expected = [9_383, 18_767, 25_023]
+    expected = [9_384, 18_767, 25_023]
     assert found is not None, "nothing came back; return the list"
     assert all(isinstance(step, int) for step in found), "steps are whole numbers: int, please"
     assert list(found) == expected, f"for ImageNet at batch 4,096 it should be {expected}, not {list(found)}"
