@@ -147,11 +147,11 @@ plt.show()
 # %% [markdown]
 # It *explodes*. Normalization holds the forward signal, but the way back multiplies by each unit's Jacobian, and
 # a product of 128 of them grows (or, with other scales, shrinks) exponentially. The two residual stacks are nearly
-# level. Can the plain one be trained nevertheless? Fifty steps of SGD with momentum, 40 units:
+# level. Can the plain one be trained nevertheless? Eighty steps of SGD with momentum, 40 units:
 
 
 # %% tags=["nbval-ignore-output"]
-def final_loss(kind, seed, n_units=40, steps=50, lr=0.05):
+def final_loss(kind, seed, n_units=40, steps=80, lr=0.05):
     """Mean training loss over the last ten steps."""
     torch.manual_seed(seed)
     net = Stack(kind, n_units)
@@ -1001,8 +1001,9 @@ for ax in axes.flat:
 plt.show()
 
 # %% [markdown]
-# The growth is worth a number. Each branch ends in a standardised convolution, so it adds about the same variance
-# every time; only a norm reads the sum, so nobody minds. In which stage does it grow most?
+# The growth is worth a number. Within a stage, each branch ends in a standardised convolution and adds about the same
+# variance as the one before; a projection starts a new sum. Nobody minds, because only norms read the sum. In which
+# stage do you expect it to grow most?
 
 # %%
 variances = {name: steps[name].var().item() for name in ("stem", "stage1", "stage2", "stage3", "stage4")}

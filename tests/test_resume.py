@@ -113,7 +113,7 @@ sys.path.insert(0, sys.argv[2])
 import test_resume
 folder = test_resume.Path(sys.argv[1])
 draw = random.Random(int(sys.argv[3]))
-options = dict(steps=150, save_every=2, lr=lambda step: 0.05)
+options = dict(steps=100, save_every=2, lr=lambda step: 0.05)
 
 def life(run_dir, pipe):
     test_resume.job(run_dir, on_step=lambda step, model: os.write(pipe, b"."), **options)
@@ -139,7 +139,7 @@ kills = half_written = 0
 reached = []
 while kills < 24:
     pid, pipe = start(folder / "killed")
-    for _ in range(draw.randrange(0, 10)):
+    for _ in range(draw.randrange(0, 7)):
         os.read(pipe, 1)
     time.sleep(draw.uniform(0, 0.008))  # anywhere in a step, a checkpoint or the start
     os.kill(pid, signal.SIGKILL)
@@ -153,7 +153,7 @@ pid, pipe = start(folder / "killed")
 while os.read(pipe, 100):
     pass
 assert os.waitpid(pid, 0)[1] == 0
-ends = [test_resume.load_state(folder / name / "step-000000150.safetensors")[0] for name in ("whole", "killed")]
+ends = [test_resume.load_state(folder / name / "step-000000100.safetensors")[0] for name in ("whole", "killed")]
 print(json.dumps({
     "kills": kills,
     "reached": reached,
@@ -172,7 +172,7 @@ def test_kill_9_at_random_moments(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["kills"] >= 20 and found["reached"][-1] > 20
+    assert found["kills"] >= 20 and found["reached"][-1] > 10
     assert found["equal"] and found["logs"] and found["left_over"] == 0, found
 
 

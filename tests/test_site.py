@@ -49,6 +49,7 @@ class Visit:
         self.problems: list[str] = []
         self.site = site
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        self.context.set_default_timeout(120_000)  # a busy machine is no fault of the page
         self.page: Page = self.context.new_page()
         self.page.route("**/*", self._only_local)
         self.page.on("console", lambda m: self._note(f"console: {m.text}") if m.type in ("error", "warning") else None)

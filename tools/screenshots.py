@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         for theme in ("light", "dark"):
             for device, (width, height) in WIDTHS.items():
                 context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+                context.set_default_timeout(120_000)
                 for name in args.pages:
                     page = context.new_page()
                     page.goto(f"{address}/{name}.html")
