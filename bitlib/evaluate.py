@@ -59,9 +59,7 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, K) in float32 or float64 and labels (N,) in int64, or an error that says what is wrong."""
     logits, labels = torch.as_tensor(logits).detach(), torch.as_tensor(labels)
     if not logits.is_floating_point():
-        raise TypeError(
-            f"logits must be floating-point numbers, got {logits.dtype}; for class indices use labels"
-        )
+        raise TypeError(f"logits must be floating-point numbers, got {logits.dtype}; for class indices use labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be class indices (integers), got {labels.dtype}")
     if logits.ndim != 2 or logits.shape[1] == 0:
@@ -112,9 +110,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts (K, K), int64: the row is the true class, the column the predicted one."""
     logits, labels = _checked(logits, labels)
     n_classes = logits.shape[1]
-    return torch.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).view(
-        n_classes, n_classes
-    )
+    return torch.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def per_class_accuracy(confusion: Tensor) -> Tensor:
@@ -136,9 +132,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     """The interval for a share of which `successes` of n were seen (Wilson, 1927); it lies within 0 to 1."""
     _check_level(level)
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(
-            f"{successes} successes out of {n} is not a share; give 0 <= successes <= n and n >= 1"
-        )
+        raise ValueError(f"{successes} successes out of {n} is not a share; give 0 <= successes <= n and n >= 1")
     z = NormalDist().inv_cdf((1 + level) / 2)
     share = successes / n
     middle = share + z**2 / (2 * n)
@@ -200,9 +194,7 @@ def _equal_width_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tenso
 def _equal_mass_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """Bins that end at the quantiles of the confidence; equal confidences always share one: (M, 3)."""
     ordered, last = confidence.double().sort().values, len(confidence) - 1
-    place = last * torch.arange(
-        1, n_bins, device=confidence.device
-    )  # of the quantiles 1/M, 2/M, ..., times M
+    place = last * torch.arange(1, n_bins, device=confidence.device)  # of the quantiles 1/M, 2/M, ..., times M
     below = place // n_bins
     edges = ordered[below].lerp(ordered[(below + 1).clamp(max=last)], (place % n_bins).double() / n_bins)
     return _bin_sums(torch.bucketize(confidence.double(), edges), n_bins, confidence, correct)
@@ -213,9 +205,7 @@ def _curve(sums: Tensor) -> ReliabilityCurve:
     return ReliabilityCurve(confidence / count, correct / count, count.long())
 
 
-def reliability_curve(
-    logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width"
-) -> ReliabilityCurve:
+def reliability_curve(logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width") -> ReliabilityCurve:
     """Accuracy against confidence, for the predictions grouped by confidence (Guo et al., 2017).
 
     bins: "width" for bins of equal width, closed on the left, with a confidence of exactly 1 in a bin of its
@@ -230,9 +220,7 @@ def reliability_curve(
     return _curve(kinds[bins](*_confidence(*_checked(logits, labels)), n_bins))
 
 
-def expected_calibration_error(
-    logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width"
-) -> float:
+def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width") -> float:
     """The mean gap between confidence and accuracy over bins of confidence, weighted by bin size: 0 to 1."""
     return reliability_curve(logits, labels, n_bins, bins).ece
 
@@ -341,9 +329,7 @@ class Metrics:
         """The metrics of everything seen so far. Raises ValueError if that is nothing."""
         n, hits, curve = self.n, int(self.confusion.diagonal().sum()), _curve(self.bins)
         if n == 0:
-            raise ValueError(
-                "there are no examples; update the metrics with at least one before computing them"
-            )
+            raise ValueError("there are no examples; update the metrics with at least one before computing them")
         return Evaluation(
             n=n,
             top1=hits / n,
@@ -378,9 +364,7 @@ def eval_resize(images: Tensor, size: int, resize: str = "square") -> Tensor:
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode within, and in the mode it had afterwards, whatever happens."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; load_pretrained() gives one"
-        )
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; load_pretrained() gives one")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -407,13 +391,9 @@ def _label_tensor(labels: list, first: int, num_classes: int | None) -> Tensor:
     for i, label in enumerate(labels, start=first):
         value = label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(
-                f"the label of example {i} is {label!r}; each example needs one class index, an integer"
-            )
+            raise TypeError(f"the label of example {i} is {label!r}; each example needs one class index, an integer")
         if value < 0 or (num_classes is not None and value >= num_classes):
-            classes = (
-                "the class indices, which start at 0" if num_classes is None else f"the {num_classes} classes"
-            )
+            classes = "the class indices, which start at 0" if num_classes is None else f"the {num_classes} classes"
             raise ValueError(f"the label of example {i} is {value}, outside {classes} of the model")
     return torch.tensor([int(label) for label in labels])
 
@@ -484,9 +464,7 @@ def predict_logits(
     """The logits (N, K) and labels (N,) of a data set, on the CPU; arguments and errors as in `evaluate`."""
     logits, labels = [], []
     with _eval_mode(model), torch.inference_mode():
-        for images, given, first in _batches(
-            model, dataset, batch_size, resize, image_size, num_workers, progress
-        ):
+        for images, given, first in _batches(model, dataset, batch_size, resize, image_size, num_workers, progress):
             logits.append(_forward(model, images, flip).cpu())
             labels.append(_label_tensor(given, first, logits[-1].shape[1]))
     if not labels:
@@ -521,9 +499,7 @@ def evaluate(
     """
     metrics = None
     with _eval_mode(model), torch.inference_mode():
-        for images, given, first in _batches(
-            model, dataset, batch_size, resize, image_size, num_workers, progress
-        ):
+        for images, given, first in _batches(model, dataset, batch_size, resize, image_size, num_workers, progress):
             logits = _forward(model, images, flip)
             metrics = metrics or Metrics(logits.shape[1], n_bins)
             metrics.update(logits, _label_tensor(given, first, metrics.num_classes))
@@ -547,20 +523,14 @@ def extract_features(
     The model's head is not used. Images are prepared, modes restored and errors raised as in `evaluate`.
     """
     if not callable(getattr(model, "features", None)):
-        raise TypeError(
-            f"{type(model).__name__} has no method features(x); create_model(...) gives a model that has"
-        )
+        raise TypeError(f"{type(model).__name__} has no method features(x); create_model(...) gives a model that has")
     features, labels = [], []
     with _eval_mode(model), torch.inference_mode():
-        for images, given, first in _batches(
-            model, dataset, batch_size, resize, image_size, num_workers, progress
-        ):
+        for images, given, first in _batches(model, dataset, batch_size, resize, image_size, num_workers, progress):
             features.append(model.features(images).mean(dim=(2, 3)).float().cpu())
             labels.append(_label_tensor(given, first, None))
     if not labels:
-        raise ValueError(
-            "the data set is empty; there are no features without at least one (image, class index)"
-        )
+        raise ValueError("the data set is empty; there are no features without at least one (image, class index)")
     return torch.cat(features), torch.cat(labels)
 
 
@@ -604,9 +574,7 @@ class LinearClassifier:
         return head
 
 
-def _checked_features(
-    features: Tensor, labels: Tensor, num_classes: int | None
-) -> tuple[Tensor, Tensor, int]:
+def _checked_features(features: Tensor, labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor, int]:
     features, labels = torch.as_tensor(features).detach().double().clone(), torch.as_tensor(labels)
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"features must have shape (n, d) with n of at least 1, got {tuple(features.shape)}")
@@ -686,9 +654,7 @@ def ridge_classifier(
 
     if lam is not None:
         if not lam > 0:
-            raise ValueError(
-                f"lam must be above 0, got {lam}; without it one is chosen on a validation split"
-            )
+            raise ValueError(f"lam must be above 0, got {lam}; without it one is chosen on a validation split")
         return solve(features, labels, float(lam))
     if val is not None:
         val = _checked_features(*val, n_classes)[:2]
@@ -771,9 +737,7 @@ def mcnemar(first_correct: Tensor, second_correct: Tensor) -> McNemar:
         )
     for values in (first, second):
         if not ((values == 0) | (values == 1)).all():
-            raise ValueError(
-                "both must say right or wrong for each image (True or False, 1 or 0), not scores"
-            )
+            raise ValueError("both must say right or wrong for each image (True or False, 1 or 0), not scores")
     first, second = first.bool(), second.bool()
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
     term = total = 1  # binomial coefficients (n over 0), (n over 1), ..., each from the one before
@@ -795,9 +759,7 @@ def bootstrap_interval(
     _check_level(level)
     table = torch.as_tensor(values).detach().cpu().double()
     if table.ndim not in (1, 2) or table.numel() == 0 or not torch.isfinite(table).all():
-        raise ValueError(
-            f"values must be finite, of shape (n,) or (seeds, n), and not empty; got {tuple(table.shape)}"
-        )
+        raise ValueError(f"values must be finite, of shape (n,) or (seeds, n), and not empty; got {tuple(table.shape)}")
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
     table = table[None] if table.ndim == 1 else table
@@ -806,10 +768,7 @@ def bootstrap_interval(
     def shares(times: int, n: int) -> Tensor:
         """How often each of n values was drawn, over n: (times, n)."""
         drawn = torch.randint(n, (times, n), generator=generator)
-        return (
-            torch.zeros(times, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(times, n).double())
-            / n
-        )
+        return torch.zeros(times, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(times, n).double()) / n
 
     means, chunk = [], max(1, 2**20 // table.shape[1])
     for start in range(0, n_resamples, chunk):

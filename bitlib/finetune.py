@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from bitlib.data import ImageTensorDataset, normalize, random_crop, random_flip, resize, to_tensor
+from bitlib.data import normalize, random_crop, random_flip, resize, to_tensor
 from bitlib.hyperrule import Rule, hyperrule, mixup, mixup_permutation, mixup_weight
 from bitlib.pretrain import History, shard_indices, train
 

@@ -36,7 +36,7 @@ if "google.colab" in sys.modules:
 import matplotlib.pyplot as plt
 
 from bitlib.checkpoints import load_pretrained
-from bitlib.data import load_task, shipped_file
+from bitlib.data import ImageTensorDataset, load_task, shipped_file
 from bitlib.resnet import create_model
 
 plt.style.use(shipped_file("book.mplstyle"))
@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from bitlib.data import ImageTensorDataset, normalize, random_crop, random_flip, resize, to_tensor
+from bitlib.data import normalize, random_crop, random_flip, resize, to_tensor
 from bitlib.hyperrule import Rule, hyperrule, mixup, mixup_permutation, mixup_weight
 from bitlib.pretrain import History, shard_indices, train
 

@@ -126,9 +126,7 @@ assert (always_zero == labels).double().mean() > 0.89
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two histograms of the confidence of 797 predictions. With little regularisation most predictions have a confidence above 0.9 and the mean confidence lies to the right of the accuracy; with much regularisation the confidences spread between 0.2 and 1 and their mean lies far to the left of the same accuracy."}}
 fig, axes = plt.subplots(1, 2, sharey=True)
-for axis, name, logits, accuracy, confidence in zip(
-    axes, names, (sure, unsure), accuracies, confidences, strict=True
-):
+for axis, name, logits, accuracy, confidence in zip(axes, names, (sure, unsure), accuracies, confidences, strict=True):
     axis.hist(logits.softmax(1).amax(1).numpy(), bins=15, range=(0, 1), color="C0", alpha=0.6)
     axis.axvline(accuracy, color="C1", label="accuracy")
     axis.axvline(confidence, color="C2", linestyle="--", label="mean confidence")
@@ -154,9 +152,7 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, K) in float32 or float64 and labels (N,) in int64, or an error that says what is wrong."""
     logits, labels = torch.as_tensor(logits).detach(), torch.as_tensor(labels)
     if not logits.is_floating_point():
-        raise TypeError(
-            f"logits must be floating-point numbers, got {logits.dtype}; for class indices use labels"
-        )
+        raise TypeError(f"logits must be floating-point numbers, got {logits.dtype}; for class indices use labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be class indices (integers), got {labels.dtype}")
     if logits.ndim != 2 or logits.shape[1] == 0:
@@ -247,9 +243,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts (K, K), int64: the row is the true class, the column the predicted one."""
     logits, labels = _checked(logits, labels)
     n_classes = logits.shape[1]
-    return torch.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).view(
-        n_classes, n_classes
-    )
+    return torch.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2).view(n_classes, n_classes)
 
 
 def per_class_accuracy(confusion: Tensor) -> Tensor:
@@ -306,9 +300,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     """The interval for a share of which `successes` of n were seen (Wilson, 1927); it lies within 0 to 1."""
     _check_level(level)
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(
-            f"{successes} successes out of {n} is not a share; give 0 <= successes <= n and n >= 1"
-        )
+        raise ValueError(f"{successes} successes out of {n} is not a share; give 0 <= successes <= n and n >= 1")
     z = NormalDist().inv_cdf((1 + level) / 2)
     share = successes / n
     middle = share + z**2 / (2 * n)
@@ -322,8 +314,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
 hits = int((sure.argmax(1) == test_labels).sum())
 low, high = wilson_interval(hits, len(test_labels))
 print(
-    f"{hits} of {len(test_labels)} right: {topk_accuracy(sure, test_labels):.3f}, "
-    f"95 % interval {low:.3f} to {high:.3f}"
+    f"{hits} of {len(test_labels)} right: {topk_accuracy(sure, test_labels):.3f}, 95 % interval {low:.3f} to {high:.3f}"
 )
 print("20 of 20 right: {:.3f} to {:.3f} (the textbook interval says 1 to 1)".format(*wilson_interval(20, 20)))
 for successes, n in ((hits, 797), (0, 7), (20, 20), (1, 3)):
@@ -430,9 +421,7 @@ def _equal_width_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tenso
 def _equal_mass_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """Bins that end at the quantiles of the confidence; equal confidences always share one: (M, 3)."""
     ordered, last = confidence.double().sort().values, len(confidence) - 1
-    place = last * torch.arange(
-        1, n_bins, device=confidence.device
-    )  # of the quantiles 1/M, 2/M, ..., times M
+    place = last * torch.arange(1, n_bins, device=confidence.device)  # of the quantiles 1/M, 2/M, ..., times M
     below = place // n_bins
     edges = ordered[below].lerp(ordered[(below + 1).clamp(max=last)], (place % n_bins).double() / n_bins)
     return _bin_sums(torch.bucketize(confidence.double(), edges), n_bins, confidence, correct)
@@ -443,9 +432,7 @@ def _curve(sums: Tensor) -> ReliabilityCurve:
     return ReliabilityCurve(confidence / count, correct / count, count.long())
 
 
-def reliability_curve(
-    logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width"
-) -> ReliabilityCurve:
+def reliability_curve(logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width") -> ReliabilityCurve:
     """Accuracy against confidence, for the predictions grouped by confidence (Guo et al., 2017).
 
     bins: "width" for bins of equal width, closed on the left, with a confidence of exactly 1 in a bin of its
@@ -460,9 +447,7 @@ def reliability_curve(
     return _curve(kinds[bins](*_confidence(*_checked(logits, labels)), n_bins))
 
 
-def expected_calibration_error(
-    logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width"
-) -> float:
+def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15, bins: str = "width") -> float:
     """The mean gap between confidence and accuracy over bins of confidence, weighted by bin size: 0 to 1."""
     return reliability_curve(logits, labels, n_bins, bins).ece
 
@@ -476,9 +461,7 @@ for name, logits in zip(names, (sure, unsure), strict=True):
     hit = (prediction == test_labels).numpy()
     accuracy, mean = calibration_curve(hit, confidence.numpy(), n_bins=15, strategy="quantile")
     curve = reliability_curve(logits, test_labels, bins="mass")
-    difference = max(
-        np.abs(curve.accuracy.numpy() - accuracy).max(), np.abs(curve.confidence.numpy() - mean).max()
-    )
+    difference = max(np.abs(curve.accuracy.numpy() - accuracy).max(), np.abs(curve.confidence.numpy() - mean).max())
     print(f"{name:22s} ECE {width:.3f} (equal mass {mass:.3f})")
     assert abs(width - theirs) < 1e-6 and difference < 1e-9
 print("equal to torchmetrics (width) and scikit-learn's calibration_curve (mass)")
@@ -506,9 +489,7 @@ def reliability_diagram(curves: dict[str, ReliabilityCurve]) -> None:
 
 
 # %% mystnb={"image": {"alt": "Reliability diagram: accuracy against confidence. The curve of the classifier with little regularisation runs below the diagonal, the one with much regularisation well above it."}}
-reliability_diagram(
-    {name: reliability_curve(z, test_labels) for name, z in zip(names, (sure, unsure), strict=True)}
-)
+reliability_diagram({name: reliability_curve(z, test_labels) for name, z in zip(names, (sure, unsure), strict=True)})
 plt.show()
 
 # %% [markdown]
@@ -640,9 +621,7 @@ class Metrics:
         """The metrics of everything seen so far. Raises ValueError if that is nothing."""
         n, hits, curve = self.n, int(self.confusion.diagonal().sum()), _curve(self.bins)
         if n == 0:
-            raise ValueError(
-                "there are no examples; update the metrics with at least one before computing them"
-            )
+            raise ValueError("there are no examples; update the metrics with at least one before computing them")
         return Evaluation(
             n=n,
             top1=hits / n,
@@ -663,10 +642,7 @@ stream = Metrics(10)
 for start in range(0, len(sure), 7):
     stream.update(sure[start : start + 7], test_labels[start : start + 7])
 batched = stream.compute()
-assert all(
-    abs(whole[key] - batched[key]) < 1e-12
-    for key in ("top1", "top5", "mean_per_class", "nll", "brier", "ece")
-)
+assert all(abs(whole[key] - batched[key]) < 1e-12 for key in ("top1", "top5", "mean_per_class", "nll", "brier", "ece"))
 assert torch.equal(whole["confusion"], batched["confusion"])
 batched
 
@@ -707,9 +683,7 @@ def eval_resize(images: Tensor, size: int, resize: str = "square") -> Tensor:
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode within, and in the mode it had afterwards, whatever happens."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; load_pretrained() gives one"
-        )
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; load_pretrained() gives one")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -736,13 +710,9 @@ def _label_tensor(labels: list, first: int, num_classes: int | None) -> Tensor:
     for i, label in enumerate(labels, start=first):
         value = label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(
-                f"the label of example {i} is {label!r}; each example needs one class index, an integer"
-            )
+            raise TypeError(f"the label of example {i} is {label!r}; each example needs one class index, an integer")
         if value < 0 or (num_classes is not None and value >= num_classes):
-            classes = (
-                "the class indices, which start at 0" if num_classes is None else f"the {num_classes} classes"
-            )
+            classes = "the class indices, which start at 0" if num_classes is None else f"the {num_classes} classes"
             raise ValueError(f"the label of example {i} is {value}, outside {classes} of the model")
     return torch.tensor([int(label) for label in labels])
 
@@ -813,9 +783,7 @@ def predict_logits(
     """The logits (N, K) and labels (N,) of a data set, on the CPU; arguments and errors as in `evaluate`."""
     logits, labels = [], []
     with _eval_mode(model), torch.inference_mode():
-        for images, given, first in _batches(
-            model, dataset, batch_size, resize, image_size, num_workers, progress
-        ):
+        for images, given, first in _batches(model, dataset, batch_size, resize, image_size, num_workers, progress):
             logits.append(_forward(model, images, flip).cpu())
             labels.append(_label_tensor(given, first, logits[-1].shape[1]))
     if not labels:
@@ -850,9 +818,7 @@ def evaluate(
     """
     metrics = None
     with _eval_mode(model), torch.inference_mode():
-        for images, given, first in _batches(
-            model, dataset, batch_size, resize, image_size, num_workers, progress
-        ):
+        for images, given, first in _batches(model, dataset, batch_size, resize, image_size, num_workers, progress):
             logits = _forward(model, images, flip)
             metrics = metrics or Metrics(logits.shape[1], n_bins)
             metrics.update(logits, _label_tensor(given, first, metrics.num_classes))
@@ -918,20 +884,14 @@ def extract_features(
     The model's head is not used. Images are prepared, modes restored and errors raised as in `evaluate`.
     """
     if not callable(getattr(model, "features", None)):
-        raise TypeError(
-            f"{type(model).__name__} has no method features(x); create_model(...) gives a model that has"
-        )
+        raise TypeError(f"{type(model).__name__} has no method features(x); create_model(...) gives a model that has")
     features, labels = [], []
     with _eval_mode(model), torch.inference_mode():
-        for images, given, first in _batches(
-            model, dataset, batch_size, resize, image_size, num_workers, progress
-        ):
+        for images, given, first in _batches(model, dataset, batch_size, resize, image_size, num_workers, progress):
             features.append(model.features(images).mean(dim=(2, 3)).float().cpu())
             labels.append(_label_tensor(given, first, None))
     if not labels:
-        raise ValueError(
-            "the data set is empty; there are no features without at least one (image, class index)"
-        )
+        raise ValueError("the data set is empty; there are no features without at least one (image, class index)")
     return torch.cat(features), torch.cat(labels)
 
 
@@ -1024,9 +984,7 @@ class LinearClassifier:
         return head
 
 
-def _checked_features(
-    features: Tensor, labels: Tensor, num_classes: int | None
-) -> tuple[Tensor, Tensor, int]:
+def _checked_features(features: Tensor, labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor, int]:
     features, labels = torch.as_tensor(features).detach().double().clone(), torch.as_tensor(labels)
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"features must have shape (n, d) with n of at least 1, got {tuple(features.shape)}")
@@ -1106,9 +1064,7 @@ def ridge_classifier(
 
     if lam is not None:
         if not lam > 0:
-            raise ValueError(
-                f"lam must be above 0, got {lam}; without it one is chosen on a validation split"
-            )
+            raise ValueError(f"lam must be above 0, got {lam}; without it one is chosen on a validation split")
         return solve(features, labels, float(lam))
     if val is not None:
         val = _checked_features(*val, n_classes)[:2]
@@ -1180,8 +1136,7 @@ oracle = sklearn.linear_model.Ridge(alpha=ridge.strength).fit(few[0].double(), 2
 difference = np.abs(oracle.predict(test[0].double()) - ridge(test[0]).numpy()).max()
 assert difference < 1e-8
 print(
-    "ridge: largest difference from scikit-learn's is below 1e-8, "
-    f"top-1 {topk_accuracy(ridge(test[0]), test[1]):.3f}"
+    f"ridge: largest difference from scikit-learn's is below 1e-8, top-1 {topk_accuracy(ridge(test[0]), test[1]):.3f}"
 )
 
 oracle = sklearn.linear_model.LogisticRegression(C=1 / (100 * 1e-3), tol=1e-9, max_iter=10_000)
@@ -1291,9 +1246,7 @@ def mcnemar(first_correct: Tensor, second_correct: Tensor) -> McNemar:
         )
     for values in (first, second):
         if not ((values == 0) | (values == 1)).all():
-            raise ValueError(
-                "both must say right or wrong for each image (True or False, 1 or 0), not scores"
-            )
+            raise ValueError("both must say right or wrong for each image (True or False, 1 or 0), not scores")
     first, second = first.bool(), second.bool()
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
     term = total = 1  # binomial coefficients (n over 0), (n over 1), ..., each from the one before
@@ -1335,9 +1288,7 @@ def bootstrap_interval(
     _check_level(level)
     table = torch.as_tensor(values).detach().cpu().double()
     if table.ndim not in (1, 2) or table.numel() == 0 or not torch.isfinite(table).all():
-        raise ValueError(
-            f"values must be finite, of shape (n,) or (seeds, n), and not empty; got {tuple(table.shape)}"
-        )
+        raise ValueError(f"values must be finite, of shape (n,) or (seeds, n), and not empty; got {tuple(table.shape)}")
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
     table = table[None] if table.ndim == 1 else table
@@ -1346,10 +1297,7 @@ def bootstrap_interval(
     def shares(times: int, n: int) -> Tensor:
         """How often each of n values was drawn, over n: (times, n)."""
         drawn = torch.randint(n, (times, n), generator=generator)
-        return (
-            torch.zeros(times, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(times, n).double())
-            / n
-        )
+        return torch.zeros(times, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(times, n).double()) / n
 
     means, chunk = [], max(1, 2**20 // table.shape[1])
     for start in range(0, n_resamples, chunk):
@@ -1451,9 +1399,7 @@ results = json.loads(shipped_file("results/few_shot_digits.json").read_text())
 seeds = range(5)
 runs = {(run["method"], run["seed"]): run for run in results["rows"] if run["shots"] == 10}
 methods = list(dict.fromkeys(method for method, _ in runs))
-table = {
-    name: torch.tensor([runs[name, seed]["top1"] for seed in seeds], dtype=torch.float64) for name in methods
-}
+table = {name: torch.tensor([runs[name, seed]["top1"] for seed in seeds], dtype=torch.float64) for name in methods}
 
 
 def logistic(features, labels, num_classes, seed):
@@ -1463,9 +1409,7 @@ def logistic(features, labels, num_classes, seed):
 
 live = {
     "bit-mini-m ridge": on_features[10],
-    "logistic pixels": few_shot_accuracy(
-        (train_pixels, train_labels), (test_pixels, test_labels), 10, fit=logistic
-    ),
+    "logistic pixels": few_shot_accuracy((train_pixels, train_labels), (test_pixels, test_labels), 10, fit=logistic),
 }
 for method, result in live.items():
     agrees = (result.per_seed - table[method]).abs().max() < 0.005
@@ -1497,9 +1441,7 @@ assert order[0] == best and table["svm pixels"].mean() < table[best].mean()
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Dot plot of top-1 accuracy on handwritten digits with ten training examples a class. One row a method, five small dots for the five seeds and a large one for their mean. The rows that use BiT-mini-M lie to the right of the network from scratch and of the classifiers on pixels."}}
 for place, method in enumerate(reversed(order)):
     values = table[method]
-    plt.scatter(
-        values, [place] * len(values), color="C0" if method.startswith("bit") else "C1", s=18, alpha=0.6
-    )
+    plt.scatter(values, [place] * len(values), color="C0" if method.startswith("bit") else "C1", s=18, alpha=0.6)
     plt.scatter(values.mean(), place, color="C0" if method.startswith("bit") else "C1", s=90, marker="D")
 plt.yticks(range(len(order)), list(reversed(order)))
 plt.xlabel("top-1 accuracy on 797 test digits, 10 training examples a class")
@@ -1543,9 +1485,7 @@ for seed in seeds:
 # that also draws the test images again:
 
 # %%
-outcomes = torch.stack(
-    [right_images(runs["bit-mini-m ridge", seed]) for seed in seeds]
-)  # (5 seeds, 797 images)
+outcomes = torch.stack([right_images(runs["bit-mini-m ridge", seed]) for seed in seeds])  # (5 seeds, 797 images)
 values = outcomes.double().mean(1)
 intervals = {
     "bootstrap over seeds": bootstrap_interval(values),
@@ -1643,9 +1583,7 @@ target = torch.randn(50, 1, dtype=torch.float64) + 1
 ours = sklearn.linear_model.Ridge(alpha=1.0).fit(centred, target).coef_.ravel()
 padded = torch.cat([centred, torch.full((50, 1), 100.0, dtype=torch.float64)], dim=1)
 by_constant = ridge_primal(padded, target, 1.0)[:-1, 0].numpy()
-print(
-    f"intercept by centring or by a constant of 100: weights differ by {np.abs(ours - by_constant).max():.0e}"
-)
+print(f"intercept by centring or by a constant of 100: weights differ by {np.abs(ours - by_constant).max():.0e}")
 assert np.abs(ours - by_constant).max() < 1e-3
 
 # %% [markdown]
@@ -1678,9 +1616,7 @@ def check_pessimistic_topk(function: Callable) -> None:
     assert zeros == 0, f"a head of zeros ties with everything, so its top-5 of 6 should be 0, not {zeros:.4f}"
     assert float(function(torch.zeros(200, 6), labels, 6)) == 1, "all K classes always contain the true one"
     pair, first = torch.tensor([[2.0, 2.0, 1.0]] * 2), torch.tensor([0, 1])
-    assert float(function(pair, first, 1)) == 0, (
-        "two equal logits at the top: neither class is alone in first place"
-    )
+    assert float(function(pair, first, 1)) == 0, "two equal logits at the top: neither class is alone in first place"
     assert float(function(pair, first, 2)) == 1, "two equal logits at the top are both among the first two"
     print("check_pessimistic_topk: correct")
 
@@ -1718,14 +1654,11 @@ def check_right_closed_ece(function: Callable) -> None:
     )
     edge = float(function(torch.tensor([0.5, 0.4, 0.6]).double(), torch.tensor([True, False, True]), 2))
     assert abs(edge - 1 / 6) < 1e-6, (
-        "of two bins, 0.5 belongs to the lower; with 0.4 there and 0.6 above, "
-        f"the ECE is 0.1667, not {edge:.4f}"
+        f"of two bins, 0.5 belongs to the lower; with 0.4 there and 0.6 above, the ECE is 0.1667, not {edge:.4f}"
     )
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(500, generator=generator, dtype=torch.float64)
-    correct = (
-        torch.rand(500, generator=generator, dtype=torch.float64) < 0.5
-    )  # too sure above, not enough below
+    correct = torch.rand(500, generator=generator, dtype=torch.float64) < 0.5  # too sure above, not enough below
     expected = 0.0
     for m in range(15):
         inside = (confidence > m / 15) & (confidence <= (m + 1) / 15)
@@ -1747,9 +1680,7 @@ def right_closed_ece(confidence, correct, n_bins):
 def right_closed_ece(confidence, correct, n_bins):
     edges = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype)
     bins = torch.bucketize(confidence, edges[1:-1])  # right=False: a value equal to an edge stays below it
-    gaps = torch.zeros(n_bins, dtype=torch.float64).index_add_(
-        0, bins, correct.double() - confidence.double()
-    )
+    gaps = torch.zeros(n_bins, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence.double())
     return gaps.abs().sum().item() / len(confidence)
 
 
@@ -1776,13 +1707,9 @@ def check_leave_one_out_errors(function: Callable[..., Tensor]) -> None:
         z = torch.randn(n, d, generator=generator, dtype=torch.float64)
         y = torch.randn(n, 3, generator=generator, dtype=torch.float64)
         others = [torch.arange(n) != i for i in range(n)]
-        expected = torch.stack(
-            [y[i] - z[i] @ ridge_primal(z[keep], y[keep], 0.7) for i, keep in enumerate(others)]
-        )
+        expected = torch.stack([y[i] - z[i] @ ridge_primal(z[keep], y[keep], 0.7) for i, keep in enumerate(others)])
         got = function(z, y, 0.7)
-        assert got.shape == y.shape, (
-            f"the errors should have the shape of y, {tuple(y.shape)}, not {tuple(got.shape)}"
-        )
+        assert got.shape == y.shape, f"the errors should have the shape of y, {tuple(y.shape)}, not {tuple(got.shape)}"
         worst = (got - expected).abs().max().item()
         assert worst < 1e-8, (
             f"for n = {n}, d = {d} an error differs by {worst:.3g} from that of a fit without its example"
@@ -1800,9 +1727,7 @@ def leave_one_out_errors(z, y, lam):
 
 # %% tags=["solution", "hide-input"]
 def leave_one_out_errors(z, y, lam):
-    hat = z @ ridge_primal(
-        z, torch.eye(len(z), dtype=z.dtype), lam
-    )  # H, as what the fit makes of the unit vectors
+    hat = z @ ridge_primal(z, torch.eye(len(z), dtype=z.dtype), lam)  # H, as what the fit makes of the unit vectors
     return (y - hat @ y) / (1 - hat.diagonal()[:, None])
 
 
@@ -1825,9 +1750,7 @@ def check_bootstrap_any(function: Callable) -> None:
     low, high = (float(end) for end in function(topk_accuracy, logits, labels, 2000, 0))
     share = topk_accuracy(logits, labels)
     half = 1.96 * (share * (1 - share) / 400) ** 0.5
-    assert low < share < high, (
-        f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}"
-    )
+    assert low < share < high, f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}"
     assert abs((high - low) / (2 * half) - 1) < 0.15, (
         f"for an accuracy of {share:.3f} on 400 examples the width should be near {2 * half:.3f}, "
         f"not {high - low:.3f}; "
@@ -1852,9 +1775,7 @@ def bootstrap_any(statistic, logits, labels, n_resamples, seed):
     for _ in range(n_resamples):
         drawn = torch.randint(n, (n,), generator=generator)
         values.append(statistic(logits[drawn], labels[drawn]))
-    return tuple(
-        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    )
+    return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
 
 
 check_bootstrap_any(bootstrap_any)

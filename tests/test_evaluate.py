@@ -161,9 +161,7 @@ def test_flip_averages_probabilities():
     torch.testing.assert_close(logits.softmax(1), mean)
     assert not torch.allclose(predict_logits(Left(), colours())[0].softmax(1), mean)
     mirrored = ImageTensorDataset(colours().images.flip(-1), colours().labels)
-    assert evaluate(Left(), mirrored, flip=True)["nll"] == pytest.approx(
-        evaluate(Left(), colours(), flip=True)["nll"]
-    )
+    assert evaluate(Left(), mirrored, flip=True)["nll"] == pytest.approx(evaluate(Left(), colours(), flip=True)["nll"])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -255,9 +253,7 @@ def test_image_size_can_be_given():
     evaluate(model, colours(), image_size=5)
     assert model.seen[0].shape[-2:] == (5, 5)
     x = torch.zeros(2, 3, 4, 4)
-    assert (
-        evaluate(Mean().double(), colours())["n"] == 37 and x.dtype == torch.float32
-    )  # the model's precision
+    assert evaluate(Mean().double(), colours())["n"] == 37 and x.dtype == torch.float32  # the model's precision
 
 
 def test_the_result_prints_as_a_table_and_goes_into_json():
@@ -294,9 +290,7 @@ def test_primal_equals_dual_equals_scikit_learn(n, d, k, lam, seed):
     y = torch.randn(n, k, generator=generator, dtype=torch.float64)
     primal, dual = ridge_primal(z, y, lam), ridge_dual(z, y, lam)
     torch.testing.assert_close(primal, dual, atol=1e-8, rtol=1e-6)
-    theirs = (
-        sklearn.linear_model.Ridge(alpha=lam, fit_intercept=False, solver="svd").fit(z, y).coef_.reshape(k, d)
-    )
+    theirs = sklearn.linear_model.Ridge(alpha=lam, fit_intercept=False, solver="svd").fit(z, y).coef_.reshape(k, d)
     np.testing.assert_allclose(primal.T, theirs, atol=1e-8, rtol=1e-6)
 
 

@@ -86,9 +86,7 @@ def test_topk_breaks_ties_like_a_stable_descending_sort(data):
     for k in range(1, logits.shape[1] + 1):
         expected = (order[:, :k] == labels[:, None]).any(1).double().mean().item()
         assert topk_accuracy(logits, labels, k) == pytest.approx(expected, abs=1e-12)
-    assert topk_accuracy(logits, labels, 1) == pytest.approx(
-        (logits.argmax(1) == labels).double().mean().item()
-    )
+    assert topk_accuracy(logits, labels, 1) == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     assert topk_accuracy(logits, labels, logits.shape[1]) == 1
 
 
@@ -102,9 +100,7 @@ def test_confusion_and_mean_per_class_equal_scikit_learn(data):
     confusion = confusion_matrix(logits, labels)
     expected = sklearn.metrics.confusion_matrix(labels, logits.argmax(1), labels=range(logits.shape[1]))
     assert confusion.dtype == torch.int64 and (confusion.numpy() == expected).all()
-    with (
-        warnings.catch_warnings()
-    ):  # it warns of classes that are predicted and have no example, or of a single one
+    with warnings.catch_warnings():  # it warns of classes that are predicted and have no example, or of a single one
         warnings.simplefilter("ignore")
         balanced = sklearn.metrics.balanced_accuracy_score(labels, logits.argmax(1))
     assert mean_per_class_accuracy(logits, labels) == pytest.approx(balanced, abs=1e-9)
@@ -123,18 +119,14 @@ def test_nll_and_brier_equal_scikit_learn(data):
         theirs = sklearn.metrics.log_loss(labels, probabilities, labels=range(logits.shape[1]))
         assert nll == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     given = probabilities if logits.shape[1] > 2 else probabilities[:, 1]
-    theirs = sklearn.metrics.brier_score_loss(
-        labels, given, labels=range(logits.shape[1]), scale_by_half=False
-    )
+    theirs = sklearn.metrics.brier_score_loss(labels, given, labels=range(logits.shape[1]), scale_by_half=False)
     assert brier == pytest.approx(theirs, abs=1e-5 if logits.dtype == torch.float32 else 1e-9)
 
 
 @given(predictions(min_classes=2), st.integers(1, 30))
 def test_equal_width_ece_equals_torchmetrics(data, n_bins):
     logits, labels = data
-    probabilities = logits.softmax(
-        1
-    )  # torchmetrics would take logits that lie between 0 and 1 for probabilities
+    probabilities = logits.softmax(1)  # torchmetrics would take logits that lie between 0 and 1 for probabilities
     theirs = tm.multiclass_calibration_error(probabilities, labels, logits.shape[1], n_bins=n_bins).item()
     assert expected_calibration_error(logits, labels, n_bins) == pytest.approx(theirs, abs=1e-6)
 
@@ -169,9 +161,7 @@ def test_equal_mass_curve_equals_scikit_learn(n, n_bins, n_classes, scale, seed)
     np.testing.assert_allclose(curve.accuracy, accuracy, atol=1e-9)
     np.testing.assert_allclose(curve.confidence, mean, atol=1e-9)
     expected = np.average(np.abs(accuracy - mean), weights=curve.count)
-    assert expected_calibration_error(logits, labels, n_bins, bins="mass") == pytest.approx(
-        expected, abs=1e-9
-    )
+    assert expected_calibration_error(logits, labels, n_bins, bins="mass") == pytest.approx(expected, abs=1e-9)
 
 
 @given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 1000))
@@ -217,9 +207,7 @@ def test_the_order_of_the_examples_does_not_matter(data, seed):
     assert all(first[key] == pytest.approx(second[key], rel=1e-12, abs=1e-12) for key in KEYS)
     for bins in ("width", "mass"):
         one = expected_calibration_error(logits, labels, bins=bins)
-        assert one == pytest.approx(
-            expected_calibration_error(logits[order], labels[order], bins=bins), abs=1e-12
-        )
+        assert one == pytest.approx(expected_calibration_error(logits[order], labels[order], bins=bins), abs=1e-12)
 
 
 @given(predictions(), st.integers(0, 2**31))
@@ -281,9 +269,7 @@ def test_half_precision_is_scored_in_single(dtype):
 def test_probabilities_go_in_as_their_logarithm():
     probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.0, 0.8]], dtype=torch.float64)
     labels = torch.tensor([0, 2])
-    assert negative_log_likelihood(probabilities.log(), labels) == pytest.approx(
-        -(math.log(0.5) + math.log(0.8)) / 2
-    )
+    assert negative_log_likelihood(probabilities.log(), labels) == pytest.approx(-(math.log(0.5) + math.log(0.8)) / 2)
     assert brier_score(probabilities.log(), labels) == pytest.approx((0.5 + 0.08) / 2)
     assert negative_log_likelihood(probabilities.log(), torch.tensor([2, 2])) == math.inf
 

@@ -122,8 +122,8 @@ def package_files(root: Path = ROOT) -> dict[str, str]:
         earlier = [*earlier, module]
         if chapter.tagged("check"):
             files[f"checks/{module}.py"] = module_source(chapter, "check", earlier, {})
-        listing.append(f"- bitlib.{module}, from chapters/{chapter.path.name}: {chapter.summary}")
-    about = "Big Transfer (BiT) from scratch: the package that the book of the same name derives, one module a chapter."
+        listing.append(f"- {module}: {chapter.summary}")
+    about = "Big Transfer (BiT) from scratch: the package that the book derives, one module a chapter, in their order."
     note = "Written by tools/export.py from the chapters: edit those, not this package."
     modules = "\n".join(listing)
     files["__init__.py"] = f'"""{about}\n\n{modules}\n\n{note}\n"""\n\n__version__ = "{version}"\n'

@@ -30,9 +30,7 @@ def check_pessimistic_topk(function: Callable) -> None:
     assert zeros == 0, f"a head of zeros ties with everything, so its top-5 of 6 should be 0, not {zeros:.4f}"
     assert float(function(torch.zeros(200, 6), labels, 6)) == 1, "all K classes always contain the true one"
     pair, first = torch.tensor([[2.0, 2.0, 1.0]] * 2), torch.tensor([0, 1])
-    assert float(function(pair, first, 1)) == 0, (
-        "two equal logits at the top: neither class is alone in first place"
-    )
+    assert float(function(pair, first, 1)) == 0, "two equal logits at the top: neither class is alone in first place"
     assert float(function(pair, first, 2)) == 1, "two equal logits at the top are both among the first two"
     print("check_pessimistic_topk: correct")
 
@@ -46,14 +44,11 @@ def check_right_closed_ece(function: Callable) -> None:
     )
     edge = float(function(torch.tensor([0.5, 0.4, 0.6]).double(), torch.tensor([True, False, True]), 2))
     assert abs(edge - 1 / 6) < 1e-6, (
-        "of two bins, 0.5 belongs to the lower; with 0.4 there and 0.6 above, "
-        f"the ECE is 0.1667, not {edge:.4f}"
+        f"of two bins, 0.5 belongs to the lower; with 0.4 there and 0.6 above, the ECE is 0.1667, not {edge:.4f}"
     )
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(500, generator=generator, dtype=torch.float64)
-    correct = (
-        torch.rand(500, generator=generator, dtype=torch.float64) < 0.5
-    )  # too sure above, not enough below
+    correct = torch.rand(500, generator=generator, dtype=torch.float64) < 0.5  # too sure above, not enough below
     expected = 0.0
     for m in range(15):
         inside = (confidence > m / 15) & (confidence <= (m + 1) / 15)
@@ -70,13 +65,9 @@ def check_leave_one_out_errors(function: Callable[..., Tensor]) -> None:
         z = torch.randn(n, d, generator=generator, dtype=torch.float64)
         y = torch.randn(n, 3, generator=generator, dtype=torch.float64)
         others = [torch.arange(n) != i for i in range(n)]
-        expected = torch.stack(
-            [y[i] - z[i] @ ridge_primal(z[keep], y[keep], 0.7) for i, keep in enumerate(others)]
-        )
+        expected = torch.stack([y[i] - z[i] @ ridge_primal(z[keep], y[keep], 0.7) for i, keep in enumerate(others)])
         got = function(z, y, 0.7)
-        assert got.shape == y.shape, (
-            f"the errors should have the shape of y, {tuple(y.shape)}, not {tuple(got.shape)}"
-        )
+        assert got.shape == y.shape, f"the errors should have the shape of y, {tuple(y.shape)}, not {tuple(got.shape)}"
         worst = (got - expected).abs().max().item()
         assert worst < 1e-8, (
             f"for n = {n}, d = {d} an error differs by {worst:.3g} from that of a fit without its example"
@@ -91,9 +82,7 @@ def check_bootstrap_any(function: Callable) -> None:
     low, high = (float(end) for end in function(topk_accuracy, logits, labels, 2000, 0))
     share = topk_accuracy(logits, labels)
     half = 1.96 * (share * (1 - share) / 400) ** 0.5
-    assert low < share < high, (
-        f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}"
-    )
+    assert low < share < high, f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}"
     assert abs((high - low) / (2 * half) - 1) < 0.15, (
         f"for an accuracy of {share:.3f} on 400 examples the width should be near {2 * half:.3f}, "
         f"not {high - low:.3f}; "
