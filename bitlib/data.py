@@ -50,6 +50,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import math
 import os
 import tempfile
@@ -292,7 +293,7 @@ HELD_OUT_TYPEFACES = ("DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
 N_HELD_OUT_CHARACTERS = 60
 DIGITS = "0123456789"
 LOOKALIKES = (  # decided by eye; the pictures find the rest
-    "OoQØøθIl|ıZzSsBbqgGßð₴ЧчӋӌӴӵЗзӞӟҘҙЭэҔҕƧƨƷʒǮǯʓȜȝƻƼƽƄƅƐεɞʡʖƾɁ?˥ɥʮʯᶣȤȥⱿɀʐʑʣʤʥƸƹƺϘϙϛⱷՋջՁԶՇճზშგკნპჟყჩცხჱჳჵჷ"
+    "OoQØøθ○◯◌◦ºIl|ıZzSsBbqgGßð₴ЧчӋӌӴӵЗзӞӟҘҙЭэҔҕƧƨƷʒǮǯʓȜȝƻƼƽƄƅƐεɞʡʖƾɁ?˥ɥʮʯᶣȤȥⱿɀʐʑʣʤʥƸƹƺϘϙϛⱷՋջՁԶՇճზშგკნპჟყჩცხჱჳჵჷჹ"
 )
 UPSTREAM_PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -490,13 +491,15 @@ def _stamp(
     aspect: np.ndarray,
     threshold: np.ndarray,
     gain: np.ndarray,
+    bend: np.ndarray | None = None,
 ) -> np.ndarray:
     """How much ink lies on each pixel: float32 (N, frame, frame) in [0, 1], for N characters.
 
     x, y, size: centre and longer side, in pixels of a 32 x 32 frame. The rotation is given by the tangent of
     half its angle, so that sine and cosine need no table. The atlas is blurred; cutting it at a threshold gives
     thick strokes (low) or thin ones (high), and gain says how sharp their edge is. Small drawings look at the
-    atlas at half its resolution.
+    atlas at half its resolution. bend (N, 2, 4): the coefficients of XX, XY, YY and YYY (for the rows: XXX) by which
+    columns and rows are displaced, where X and Y run from -1 to 1 over the character.
     """
     if len(faces) == 0:
         return np.zeros((0, frame, frame), np.float32)
@@ -512,6 +515,12 @@ def _stamp(
         start = (cell - 1) / 2.0 - (a * x + b * y) * (frame / 32.0)
         a, b, start = (v.astype(np.float32)[:, None, None] for v in (a, b, start))
         source.append(np.clip(start + a * axis[None, None, :] + b * axis[None, :, None], 0.0, cell - 1.001))
+    if bend is not None:
+        centre, reach, c = np.float32((cell - 1) / 2.0), np.float32(box / 2.0), bend.astype(np.float32)[..., None, None]
+        across, down = (np.clip((v - centre) / reach, -1.0, 1.0) for v in source)
+        for i, (p, q) in enumerate([(across, down), (down, across)]):
+            moved = p * (c[:, i, 0] * p + c[:, i, 1] * q) + q * q * (c[:, i, 2] + c[:, i, 3] * q)
+            source[i] = np.clip(source[i] + reach * moved, 0.0, cell - 1.001)
     whole = [v.astype(np.int64) for v in source]
     right, down = (v - w.astype(np.float32) for v, w in zip(source, whole, strict=True))
     n_classes = len(glyphs().characters)
@@ -666,13 +675,14 @@ def _mark_classes() -> np.ndarray:
 
 def _degrade(canvas: np.ndarray, out: np.ndarray, u: dict) -> None:
     """Blur some of the images, add noise to most, write them to out, and pass some through JPEG."""
-    soft = np.flatnonzero(u["blur"] < 0.3)
-    blurred = canvas[soft]
-    for axis in (2, 3):
-        padded = np.pad(blurred, [(1, 1) if a == axis else (0, 0) for a in range(4)], mode="edge")
-        before, after = (np.moveaxis(padded, axis, 0)[s] for s in (slice(None, -2), slice(2, None)))
-        blurred = 0.5 * blurred + 0.25 * np.moveaxis(before + after, 0, axis)
-    canvas[soft] += u["blur_amount"][soft].astype(np.float32)[:, None, None, None] * (blurred - canvas[soft])
+    for share, distances in ((0.3, (1,)), (0.12, (2, 2))):  # the second lot on top of the first
+        soft = np.flatnonzero(u["blur"] < share)
+        blurred = canvas[soft]
+        for distance, axis in itertools.product(distances, (2, 3)):
+            padded = np.pad(blurred, [(distance,) * 2 if a == axis else (0, 0) for a in range(4)], mode="edge")
+            before, after = (np.moveaxis(padded, axis, 0)[s] for s in (slice(-2 * distance), slice(2 * distance, None)))
+            blurred = 0.5 * blurred + 0.25 * np.moveaxis(before + after, 0, axis)
+        canvas[soft] += u["blur_amount"][soft].astype(np.float32)[:, None, None, None] * (blurred - canvas[soft])
 
     table, size = _noise_table(), canvas.shape[-1]
     amount = 0.08 * np.maximum(0.0, u["noise"] * 1.4 - 0.4) ** 2
@@ -718,6 +728,7 @@ _CHUNK = 128  # images rendered together: enough to amortise Python, few enough 
 _DRAWING = (
     *("kind", "character", "typeface", "size", "x", "y", "angle", "shear", "aspect", "weight", "softness"),
     *("ink", "hue", "saturation", "lightness", "polarity", "contrast"),
+    *("hand", "bend0", "bend1", "bend2", "bend3", "bend4", "bend5", "bend6", "bend7"),
 )
 _PHOTOGRAPH = ("photo", "level", "top", "left", "mirror", "grey", "gain", "bias", "red", "green", "blue")
 _GRADIENT = ("hue0", "hue1", "saturation0", "saturation1", "tone0", "tone1", "slope_x", "slope_y")
@@ -829,8 +840,9 @@ class GlyphNet(Dataset):
         u = {name: u[name][which] for name in _DRAWING}
         faces = np.array([TYPEFACES.index(name) for name in self.typefaces])[labels[which, 1]]
         classes = np.array(self.character_classes)[labels[which, 0]]
-        size = 29.0 - 15.0 * u["size"] ** 2  # in pixels of a 32 x 32 frame
-        reach = (32.0 - size) / 2.0 + 1.5
+        size = 33.0 - 19.0 * u["size"] ** 2  # in pixels of a 32 x 32 frame
+        reach = np.maximum(32.0 - size, 0.0) / 2.0 + 1.5
+        bend = np.stack([2.0 * u[f"bend{i}"] - 1.0 for i in range(8)], axis=1) * (0.28 * u["hand"])[:, None]
         x, y = (16.0 + reach * (2.0 * u[name] - 1.0) for name in "xy")
         alpha[which] = _stamp(
             *(faces, classes, x, y, size, self.image_size),
@@ -840,6 +852,7 @@ class GlyphNet(Dataset):
             aspect=0.85 + 0.3 * u["aspect"],
             threshold=0.25 + 0.27 * u["weight"],
             gain=1.5 + 4.5 * u["softness"],
+            bend=bend.reshape(-1, 2, 4),
         )
         return _frame_cell(x, y)
 
