@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 from bitlib.checkpoints import load_pretrained, save_checkpoint
 from bitlib.data import GlyphNet, normalize
-from bitlib.resnet import create_model
+from bitlib.resnet import ResNetV2, create_model
 
 
 class SGD:
@@ -668,7 +668,10 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if not trained or any(id(p) not in own for p in trained):
         raise ValueError("nothing to train: `parameters` must be parameters of the model, at least one")
-    _channels_last(model)
+    if device.type == "cpu" and isinstance(model, ResNetV2):
+        model.lay_out_filters()
+    else:
+        _channels_last(model)
     optimizer = SGD(trained, momentum=momentum, weight_decay=weight_decay)
     settings = {"steps": steps, "momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm}
     place = {"torch": torch.__version__, "device": device.type, "amp": amp, "threads": torch.get_num_threads()}

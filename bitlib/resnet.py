@@ -100,19 +100,28 @@ def _can_fuse(block: PreActBottleneck, x: Tensor) -> bool:
 
 
 def _fused_bottleneck(block: PreActBottleneck, x: Tensor) -> Tensor:
-    """PreActBottleneck.forward, each norm, ReLU and convolution in one step."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    """PreActBottleneck.forward in the order of memory of its 3x3 filters, overwriting what nobody else reads."""
+    pixels_inside = block.conv2.weight.is_contiguous()
+    x = x.contiguous(memory_format=torch.contiguous_format if pixels_inside else torch.channels_last)
+    filters = sum(part.weight.numel() for part in block.children() if isinstance(part, nn.Conv2d))
+    step = _recomputed if torch.is_grad_enabled() and x.numel() > filters else _overwritten
     if block.proj is None:
-        shortcut, (y,) = x, _norm_relu_conv(x, block.norm1, block.conv1)
+        shortcut, (y,) = x, step(x, block.norm1, block.conv1)
     else:
-        y, shortcut = _norm_relu_conv(x, block.norm1, block.conv1, block.proj)
-    (y,) = _norm_relu_conv(y, block.norm2, block.conv2)
-    (y,) = _norm_relu_conv(y, block.norm3, block.conv3)
+        y, shortcut = step(x, block.norm1, block.conv1, block.proj)
+    (y,) = step(y, block.norm2, block.conv2)
+    (y,) = step(y, block.norm3, block.conv3)
     return y.add_(shortcut)
 
 
-def _norm_relu_conv(x: Tensor, norm: GroupNorm, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
-    """conv(relu(norm(x))) for each of the convolutions."""
+def _overwritten(x: Tensor, norm: GroupNorm, *convs: nn.Conv2d) -> list[Tensor]:
+    """conv(relu(norm(x))) for each of the convolutions, the ReLU in place."""
+    y = F.relu(norm(x), inplace=True)
+    return [conv(y) for conv in convs]
+
+
+def _recomputed(x: Tensor, norm: GroupNorm, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
+    """The same, keeping x alone for the way back."""
     # Without an epsilon the filters are taken as they are: folding has standardised them already.
     how = [(conv.stride[0], conv.eps if isinstance(conv, StdConv2d) else None) for conv in convs]
     weights = [conv.weight for conv in convs]
@@ -139,7 +148,7 @@ class _NormReluConv(torch.autograd.Function):
                 hat, mean, inverse = torch.native_layer_norm(filters, filters.shape[1:], None, None, ws_eps)
                 weight = _unfilters(hat, weight)
             moments += [mean, inverse]
-            outputs.append(_conv(y, weight, stride))
+            outputs.append(F.conv2d(y, weight, stride=stride, padding=weight.shape[2] // 2))
         ctx.groups, ctx.eps, ctx.how = groups, eps, how
         ctx.save_for_backward(x, gamma, beta, mu, rstd, *weights, *moments)
         return tuple(outputs)
@@ -199,41 +208,12 @@ class _NormReluConv(torch.autograd.Function):
         return gx, ggamma, gbeta, None, None, None, *gweights
 
 
-def _conv(y: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """A convolution without bias, padded to keep the size; a 1x1 as what it is, one matrix product."""
-    if weight.shape[2] > 1:
-        return F.conv2d(y, weight, stride=stride, padding=weight.shape[2] // 2)
-    return _matmul(y[:, :, ::stride, ::stride], weight.flatten(1).t())
-
-
 def _conv_backward(grad: Tensor, y: Tensor, weight: Tensor, stride: int, needs_y: bool, needs_weight: bool):
-    """The gradients of _conv for y and for the weight; None for one that nobody needs."""
-    if weight.shape[2] > 1:
-        padding = weight.shape[2] // 2
-        return torch.ops.aten.convolution_backward(
-            grad, y, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [needs_y, needs_weight, False]
-        )[:2]
-    seen = y[:, :, ::stride, ::stride]  # the pixels that the convolution reads
-    gweight = (_rows(grad).t() @ _rows(seen)).view(weight.shape) if needs_weight else None
-    gy = _matmul(grad, weight.flatten(1)) if needs_y else None
-    if needs_y and stride > 1:
-        spread = torch.zeros_like(y)
-        spread[:, :, ::stride, ::stride] = gy
-        gy = spread
-    return gy, gweight
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) as a matrix (N*H*W, C), a row for every pixel; free where the channels are innermost in memory."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _matmul(x: Tensor, matrix: Tensor) -> Tensor:
-    """Every pixel of the map x, (N, C, H, W), times the matrix (C, D): the map (N, D, H, W)."""
-    n, _, h, w = x.shape
-    out = torch.empty((n, matrix.shape[1], h, w), dtype=x.dtype, memory_format=torch.channels_last)
-    torch.mm(_rows(x), matrix, out=out.permute(0, 2, 3, 1).view(n * h * w, -1))
-    return out
+    """The gradients of a convolution for y and for the weight; None for one that nobody needs."""
+    padding, mask = weight.shape[2] // 2, [needs_y, needs_weight, False]
+    return torch.ops.aten.convolution_backward(
+        grad, y, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, mask
+    )[:2]
 
 
 def _filters(weight: Tensor, layout: Tensor) -> Tensor:
@@ -313,9 +293,17 @@ class ResNetV2(nn.Module):
         self.norm = GroupNorm(groups, channels)
         self.num_features = channels
         self.reset_head(num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-                module.to(memory_format=torch.channels_last)  # a layout in memory that is faster; shapes stay
+        self.lay_out_filters()
+
+    def lay_out_filters(self) -> None:
+        """Put the filters in the order of memory that is fastest on a CPU; neither shapes nor values change.
+
+        The channels lie innermost, but for the last stage, where filters outweigh maps. 1x1 filters have no order.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 4 and parameter.shape[2:] != (1, 1):
+                last = torch.contiguous_format if name.startswith("block4.") else torch.channels_last
+                parameter.data = parameter.data.contiguous(memory_format=last)
 
     def reset_head(self, num_classes: int) -> None:
         """Give the model a new head of zeros with num_classes outputs, or none with 0."""

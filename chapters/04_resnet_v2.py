@@ -312,18 +312,14 @@ class PreActBottleneck(nn.Module):
 #
 # The block as written is fast on a GPU. On a CPU three things cost more than they need to.
 #
-# **A 1×1 convolution is a matrix product.** If the channels of a pixel lie side by side in memory (PyTorch calls
-# it `channels_last`; the shape stays (N, C, H, W)), the map *is* a matrix with a row for every pixel, and the
-# convolution multiplies it by the (C, D) matrix of its filters. No library has to rearrange anything. A stride
-# picks every other row and column first.
-
-# %%
-w = standardize(proj.weight)  # (512, 256, 1, 1)
-pixels = y1.permute(0, 2, 3, 1)  # (N, H, W, C)
-by_matrix = pixels[:, ::2, ::2] @ w.flatten(1).T
-torch.testing.assert_close(by_matrix.permute(0, 3, 1, 2), F.conv2d(y1, w, stride=2), rtol=1e-4, atol=1e-4)
-
-# %% [markdown]
+# **The order of the numbers in memory.** If the channels of a pixel lie side by side (PyTorch calls it
+# `channels_last`; the shape stays (N, C, H, W)), a 1×1 convolution is one product of matrices, with a row for every
+# pixel, and no library has to rearrange anything. So the network works in this order, all but its last stage: there
+# the maps are small, the filters are large, and rearranging the maps costs less than rearranging the filters.
+#
+# **Nobody else reads it.** A norm keeps its input for the way back, not its output, and a convolution keeps what it
+# read, not what it gave. So the ReLU may overwrite the one and the sum with the shortcut the other.
+#
 # **What is cheap to compute need not be kept.** For the way back, autograd keeps the input $x$ of each norm, the
 # output $y$ of each ReLU and the standardised filters $\hat W$. But $y$ is one multiplication and one addition away
 # from $x$: with the mean $\mu$ and the deviation $\sigma$ of the group, which are tiny,
@@ -331,14 +327,11 @@ torch.testing.assert_close(by_matrix.permute(0, 3, 1, 2), F.conv2d(y1, w, stride
 # $$y = \max\Big(0,\ \gamma\,\frac{x - \mu}{\sigma} + \beta\Big) = \max(0,\ a x + b),
 # \qquad a = \frac{\gamma}{\sigma},\quad b = \beta - a \mu,$$
 #
-# and $\hat W = (W - \mu_W) / \sigma_W$ is just as near to $W$. So we keep $x$, $W$ and the moments, and compute $y$
-# and $\hat W$ again when the gradient comes by.
-#
-# **Nobody else reads it.** A ReLU's input, a gradient on its way through a mask, a sum with the shortcut: each can
-# overwrite what it reads, where it is the only reader.
-#
-# To do this, norm, ReLU and convolution become one `torch.autograd.Function` with a backward pass by hand. Its
-# parts are PyTorch's own kernels, so there is nothing to compile.
+# and $\hat W = (W - \mu_W) / \sigma_W$ is just as near to $W$. So we can keep $x$, $W$ and the moments, and compute
+# $y$ and $\hat W$ again when the gradient comes by. That pays where the maps outweigh the filters: $y$ is large there,
+# and the $\hat W$ that must be computed again is small. To do it, norm, ReLU and convolution become one
+# `torch.autograd.Function` with a backward pass by hand. Its parts are PyTorch's own kernels, so there is nothing to
+# compile.
 
 
 # %% tags=["export"]
@@ -369,19 +362,28 @@ def _can_fuse(block: PreActBottleneck, x: Tensor) -> bool:
 
 
 def _fused_bottleneck(block: PreActBottleneck, x: Tensor) -> Tensor:
-    """PreActBottleneck.forward, each norm, ReLU and convolution in one step."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    """PreActBottleneck.forward in the order of memory of its 3x3 filters, overwriting what nobody else reads."""
+    pixels_inside = block.conv2.weight.is_contiguous()
+    x = x.contiguous(memory_format=torch.contiguous_format if pixels_inside else torch.channels_last)
+    filters = sum(part.weight.numel() for part in block.children() if isinstance(part, nn.Conv2d))
+    step = _recomputed if torch.is_grad_enabled() and x.numel() > filters else _overwritten
     if block.proj is None:
-        shortcut, (y,) = x, _norm_relu_conv(x, block.norm1, block.conv1)
+        shortcut, (y,) = x, step(x, block.norm1, block.conv1)
     else:
-        y, shortcut = _norm_relu_conv(x, block.norm1, block.conv1, block.proj)
-    (y,) = _norm_relu_conv(y, block.norm2, block.conv2)
-    (y,) = _norm_relu_conv(y, block.norm3, block.conv3)
+        y, shortcut = step(x, block.norm1, block.conv1, block.proj)
+    (y,) = step(y, block.norm2, block.conv2)
+    (y,) = step(y, block.norm3, block.conv3)
     return y.add_(shortcut)
 
 
-def _norm_relu_conv(x: Tensor, norm: GroupNorm, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
-    """conv(relu(norm(x))) for each of the convolutions."""
+def _overwritten(x: Tensor, norm: GroupNorm, *convs: nn.Conv2d) -> list[Tensor]:
+    """conv(relu(norm(x))) for each of the convolutions, the ReLU in place."""
+    y = F.relu(norm(x), inplace=True)
+    return [conv(y) for conv in convs]
+
+
+def _recomputed(x: Tensor, norm: GroupNorm, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
+    """The same, keeping x alone for the way back."""
     # Without an epsilon the filters are taken as they are: folding has standardised them already.
     how = [(conv.stride[0], conv.eps if isinstance(conv, StdConv2d) else None) for conv in convs]
     weights = [conv.weight for conv in convs]
@@ -409,7 +411,7 @@ class _NormReluConv(torch.autograd.Function):
                 hat, mean, inverse = torch.native_layer_norm(filters, filters.shape[1:], None, None, ws_eps)
                 weight = _unfilters(hat, weight)
             moments += [mean, inverse]
-            outputs.append(_conv(y, weight, stride))
+            outputs.append(F.conv2d(y, weight, stride=stride, padding=weight.shape[2] // 2))
         ctx.groups, ctx.eps, ctx.how = groups, eps, how
         ctx.save_for_backward(x, gamma, beta, mu, rstd, *weights, *moments)
         return tuple(outputs)
@@ -469,41 +471,12 @@ class _NormReluConv(torch.autograd.Function):
         return gx, ggamma, gbeta, None, None, None, *gweights
 
 
-def _conv(y: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """A convolution without bias, padded to keep the size; a 1x1 as what it is, one matrix product."""
-    if weight.shape[2] > 1:
-        return F.conv2d(y, weight, stride=stride, padding=weight.shape[2] // 2)
-    return _matmul(y[:, :, ::stride, ::stride], weight.flatten(1).t())
-
-
 def _conv_backward(grad: Tensor, y: Tensor, weight: Tensor, stride: int, needs_y: bool, needs_weight: bool):
-    """The gradients of _conv for y and for the weight; None for one that nobody needs."""
-    if weight.shape[2] > 1:
-        padding = weight.shape[2] // 2
-        return torch.ops.aten.convolution_backward(
-            grad, y, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [needs_y, needs_weight, False]
-        )[:2]
-    seen = y[:, :, ::stride, ::stride]  # the pixels that the convolution reads
-    gweight = (_rows(grad).t() @ _rows(seen)).view(weight.shape) if needs_weight else None
-    gy = _matmul(grad, weight.flatten(1)) if needs_y else None
-    if needs_y and stride > 1:
-        spread = torch.zeros_like(y)
-        spread[:, :, ::stride, ::stride] = gy
-        gy = spread
-    return gy, gweight
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) as a matrix (N*H*W, C), a row for every pixel; free where the channels are innermost in memory."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _matmul(x: Tensor, matrix: Tensor) -> Tensor:
-    """Every pixel of the map x, (N, C, H, W), times the matrix (C, D): the map (N, D, H, W)."""
-    n, _, h, w = x.shape
-    out = torch.empty((n, matrix.shape[1], h, w), dtype=x.dtype, memory_format=torch.channels_last)
-    torch.mm(_rows(x), matrix, out=out.permute(0, 2, 3, 1).view(n * h * w, -1))
-    return out
+    """The gradients of a convolution for y and for the weight; None for one that nobody needs."""
+    padding, mask = weight.shape[2] // 2, [needs_y, needs_weight, False]
+    return torch.ops.aten.convolution_backward(
+        grad, y, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, mask
+    )[:2]
 
 
 def _filters(weight: Tensor, layout: Tensor) -> Tensor:
@@ -689,9 +662,17 @@ class ResNetV2(nn.Module):
         self.norm = GroupNorm(groups, channels)
         self.num_features = channels
         self.reset_head(num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-                module.to(memory_format=torch.channels_last)  # a layout in memory that is faster; shapes stay
+        self.lay_out_filters()
+
+    def lay_out_filters(self) -> None:
+        """Put the filters in the order of memory that is fastest on a CPU; neither shapes nor values change.
+
+        The channels lie innermost, but for the last stage, where filters outweigh maps. 1x1 filters have no order.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 4 and parameter.shape[2:] != (1, 1):
+                last = torch.contiguous_format if name.startswith("block4.") else torch.channels_last
+                parameter.data = parameter.data.contiguous(memory_format=last)
 
     def reset_head(self, num_classes: int) -> None:
         """Give the model a new head of zeros with num_classes outputs, or none with 0."""
@@ -1304,7 +1285,7 @@ check_field_of_stage(field_of_stage)
 # - A name fixes everything: the depth the blocks of the four stages, the width factor all channels. R152x4 has 928
 #   million parameters without its head.
 # - With a head of zeros, the backbone waits one step for its first gradient.
-# - The same function can be computed faster: 1×1 convolutions as matrix products, and activations computed again
-#   instead of kept.
+# - The same function can be computed faster: the numbers in another order in memory, sums and ReLUs in place, and
+#   what is cheap computed again instead of kept.
 #
 # The next chapter fills this network with the official weights.

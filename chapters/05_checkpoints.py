@@ -719,6 +719,7 @@ def _build(source: _Source, num_classes: int | None) -> ResNetV2:
     dtypes = [entry.dtype for entry in entries.values()]
     model = _skeleton(architecture, own_classes, statistics.mode(dtypes))
     model.load_state_dict(_read_checked(source, model.state_dict(), architecture), assign=True)
+    model.lay_out_filters()
     if num_classes:
         model.reset_head(num_classes)
     if "image_size" in source.metadata:

@@ -308,6 +308,25 @@ def test_fused_form_equals_the_derivation(name, folded, monkeypatch):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
 
 
+def test_both_ways_of_a_training_step_are_taken(monkeypatch):
+    """Early blocks compute again what they read, late ones overwrite; at inference all overwrite."""
+    import bitlib.resnet
+
+    model, x = mini(5, torch.float64, "R26x0.5"), images(8, (64, 64), torch.float64)
+    taken = []
+    for name in ("_recomputed", "_overwritten"):
+        real = getattr(bitlib.resnet, name)
+        monkeypatch.setattr(bitlib.resnet, name, lambda *a, name=name, real=real: taken.append(name) or real(*a))
+    ours = gradients(model, x)
+    assert taken[0] == "_recomputed" and taken[-1] == "_overwritten"
+    taken.clear()
+    with torch.no_grad():
+        model(x)
+    assert set(taken) == {"_overwritten"}
+    for a, b in zip(ours, gradients(plain(model), x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * b.abs().max().item())
+
+
 def model_depth(model: ResNetV2) -> int:
     return int(model.name[1:].split("x")[0])
 
@@ -352,7 +371,7 @@ def test_partly_frozen(trainable):
 
 
 def test_fused_form_keeps_less():
-    """What forward leaves for backward, without parameters, in bytes."""
+    """What forward leaves for backward, without parameters, in bytes; of many images, which outweigh the filters."""
 
     def kept(model):
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -365,7 +384,7 @@ def test_fused_form_keeps_less():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(images(4, (64, 64))).sum()
+            loss = model(images(64, (64, 64))).sum()
         total = sum(sizes.values())
         loss.backward()
         return total
