@@ -178,7 +178,7 @@ assert max(loss_of["post-activation"] + loss_of["pre-activation"]) < guessing - 
 
 # %% [markdown]
 # The plain stack has not left the loss of guessing, 2.3; both residual ones have. So shortcuts are what depth
-# needs. Where the ReLU stands is a finer point, which 24 units do not decide; it is about what happens when stages
+# needs. Where the ReLU stands is a finer point, which forty units do not decide; it is about what happens when stages
 # are stacked to hundreds of layers, and the next section is the argument.
 #
 # ## Identity mappings
