@@ -926,13 +926,13 @@ class Task:
 
     def card(self) -> str:
         """What the task is, in a few lines of text."""
-        unchanged = " and ".join(word for word, ok in (("flip", self.flip), ("crop", self.crop)) if ok) or "nothing"
+        survives = " and ".join(word for word, ok in (("flip", self.flip), ("crop", self.crop)) if ok) or "nothing"
         few = ", ".join(self.classes[:3])
         named = few if len(self.classes) <= 3 else f"{few} ... {self.classes[-1]}"
         return (
             f"{self.name} ({self.group}): {self.description}\n"
             f"  classes: {len(self.classes)} ({named}); chance {100 * self.chance:.1f} %\n"
-            f"  images: {len(self.train):,} to train on, {len(self.test):,} to test on; the label survives: {unchanged}\n"
+            f"  images: {len(self.train):,} to train on, {len(self.test):,} to test on; label survives: {survives}\n"
             f"  source: {self.source}\n"
             f"  licence: {self.licence}"
         )
@@ -1076,7 +1076,7 @@ def _which_photograph() -> Task:
         ("cell", "clock", "coffee", "coins", "hubble", "ihc", "moon", "motorcycle-left", "page", "text"),
         description="which of ten photographs a window of 32 to 64 pixels comes from",
         source="scikit-image's data folder, which names each photographer",
-        licence="public domain or CC0, but for the motorcycle (Middlebury 2014, for research) and the moon (not stated)",
+        licence="public domain, CC0 or no known restrictions; motorcycle: Middlebury 2014, for research; some not stated",
     )
 
 
@@ -1140,7 +1140,7 @@ def _mean_in(windows: np.ndarray, values: np.ndarray, margin: float = 0.0) -> np
 
 
 def _stain(pixels: np.ndarray) -> np.ndarray:
-    """How much DAB there is at each pixel (Ruifrok and Johnston, 2001): (height, width) from uint8 (3, height, width)."""
+    """How much DAB there is at each pixel (Ruifrok and Johnston, 2001): (height, width), from uint8 (3, ...)."""
     stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # hematoxylin, eosin, DAB
     density = -np.log(np.maximum(pixels, 1) / 255.0)
     return np.tensordot(np.linalg.inv(stains)[:, 2], density, axes=1)
