@@ -1076,7 +1076,7 @@ def _which_photograph() -> Task:
         ("cell", "clock", "coffee", "coins", "hubble", "ihc", "moon", "motorcycle-left", "page", "text"),
         description="which of ten photographs a window of 32 to 64 pixels comes from",
         source="scikit-image's data folder, which names each photographer",
-        licence="public domain, CC0 or no known restrictions; motorcycle: Middlebury 2014, for research; some not stated",
+        licence="public domain, CC0 or no known restrictions; the motorcycle for research; some not stated",
     )
 
 

@@ -1417,10 +1417,12 @@ class VtabTask(Task):
 def load_vtab_task(name: str, data_dir: str | Path | None = None, download: bool = True) -> VtabTask:
     """Load one of VTAB-1k's nineteen tasks through TensorFlow Datasets, without TensorFlow.
 
-    data_dir: where its files are or shall be, ~/tensorflow_datasets unless given. The first call downloads and
-    prepares the data set, if `download`. Raises ValueError for an unknown name, ImportError if the extra `vtab`
-    is not installed, FileNotFoundError for files that must be fetched by hand, saying which and where to put
-    them, and RuntimeError with the reason for anything else that goes wrong in loading.
+    data_dir: where its files are or shall be, ~/tensorflow_datasets unless given. If they are not there, and with
+    `download`, it tries to download and prepare them, for which most of these data sets need TensorFlow.
+
+    Raises ValueError for an unknown name, ImportError if the extra `vtab` is not installed, FileNotFoundError
+    for files that must be fetched by hand, saying which and where to put them, and RuntimeError with the reason
+    for anything else that goes wrong in loading.
     """
     if name not in VTAB_1K:
         raise ValueError(f"no task {name!r} in vtab-1k; there are {', '.join(VTAB_1K)}")
@@ -1446,7 +1448,14 @@ def load_vtab_task(name: str, data_dir: str | Path | None = None, download: bool
             raise FileNotFoundError(
                 f"{name} must be downloaded by hand. {' '.join(by_hand.split())} Put it into the folder {folder}"
             ) from error
-        raise RuntimeError(f"{name} ({dataset}) could not be loaded: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if getattr(error, "name", None) == "tensorflow" or "No module named 'tensorflow'" in str(error):
+            reason = (
+                "its files are not there yet, and TensorFlow Datasets prepares them with TensorFlow. Do that once, "
+                f"on any machine that has it: `tfds build {dataset} --file_format=array_record`; "
+                "then give the folder as data_dir"
+            )
+        raise RuntimeError(f"{name} ({dataset}) could not be loaded: {reason}") from error
     if len(train) != 1000:
         raise RuntimeError(f"{name} must have 1,000 training images; this copy of {dataset} has {len(train)}")
     return VtabTask(

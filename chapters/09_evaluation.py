@@ -2253,9 +2253,11 @@ assert round(over_tasks, 2) == 73.51
 # %% [markdown]
 # ## The real VTAB
 #
-# VTAB-1k {cite}`zhai2019vtab` is nineteen tasks with 1,000 training images each. Its data sets are downloaded, some 60 GB
-# in all, and prepared by TensorFlow Datasets {cite}`tfds_code`. That library can do so **without TensorFlow**: it writes
-# ArrayRecord files and hands out NumPy arrays by index. `pip install "bitlib[vtab]"` brings it.
+# VTAB-1k {cite}`zhai2019vtab` is nineteen tasks with 1,000 training images each. Its data sets come through TensorFlow
+# Datasets {cite}`tfds_code`, which keeps them as ArrayRecord files and hands out NumPy arrays by index, **without
+# TensorFlow**. `pip install "bitlib[vtab]"` brings it. One thing does need TensorFlow: to download most of these data sets
+# and to write their files in the first place. So that is done once, on any machine or in Colab, by
+# `tfds build NAME --file_format=array_record`, and the folder is carried over.
 #
 # Each task is a data set, a rule that gives the label, and a few exceptions. The labels of the structured tasks are
 # derived from what the data set records, in the way of the benchmark's own code {cite}`task_adaptation_code`:
@@ -2366,10 +2368,12 @@ class VtabTask(Task):
 def load_vtab_task(name: str, data_dir: str | Path | None = None, download: bool = True) -> VtabTask:
     """Load one of VTAB-1k's nineteen tasks through TensorFlow Datasets, without TensorFlow.
 
-    data_dir: where its files are or shall be, ~/tensorflow_datasets unless given. The first call downloads and
-    prepares the data set, if `download`. Raises ValueError for an unknown name, ImportError if the extra `vtab`
-    is not installed, FileNotFoundError for files that must be fetched by hand, saying which and where to put
-    them, and RuntimeError with the reason for anything else that goes wrong in loading.
+    data_dir: where its files are or shall be, ~/tensorflow_datasets unless given. If they are not there, and with
+    `download`, it tries to download and prepare them, for which most of these data sets need TensorFlow.
+
+    Raises ValueError for an unknown name, ImportError if the extra `vtab` is not installed, FileNotFoundError
+    for files that must be fetched by hand, saying which and where to put them, and RuntimeError with the reason
+    for anything else that goes wrong in loading.
     """
     if name not in VTAB_1K:
         raise ValueError(f"no task {name!r} in vtab-1k; there are {', '.join(VTAB_1K)}")
@@ -2395,7 +2399,14 @@ def load_vtab_task(name: str, data_dir: str | Path | None = None, download: bool
             raise FileNotFoundError(
                 f"{name} must be downloaded by hand. {' '.join(by_hand.split())} Put it into the folder {folder}"
             ) from error
-        raise RuntimeError(f"{name} ({dataset}) could not be loaded: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if getattr(error, "name", None) == "tensorflow" or "No module named 'tensorflow'" in str(error):
+            reason = (
+                "its files are not there yet, and TensorFlow Datasets prepares them with TensorFlow. Do that once, "
+                f"on any machine that has it: `tfds build {dataset} --file_format=array_record`; "
+                "then give the folder as data_dir"
+            )
+        raise RuntimeError(f"{name} ({dataset}) could not be loaded: {reason}") from error
     if len(train) != 1000:
         raise RuntimeError(f"{name} must have 1,000 training images; this copy of {dataset} has {len(train)}")
     return VtabTask(

@@ -40,6 +40,7 @@ from bitlib.hyperrule import hyperrule
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("BiT-mini-S", "BiT-mini-M", "BiT-mini-L")
 ORDER = ("ridge", "probe", "finetuned", "scratch")  # the quick ones first
+TOGETHER = (("ridge", "probe"), ("finetuned",), ("scratch",))  # the first two share their features
 
 
 def setting(word: str) -> int | None:
@@ -115,15 +116,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     common = dict(seeds=args.seeds, tasks=args.tasks, out=args.out, steps=args.steps, predictions=args.predictions)
     results = SuiteResults(rows=[])
-    for method in sorted(args.methods, key=ORDER.index):
-        for examples in args.examples:
+    for group in TOGETHER:
+        methods = [method for method in group if method in args.methods]
+        for examples in args.examples if methods else ():
             # from scratch only the architecture counts, and the minis share one
-            chosen = list(models.items())[:1] if method == "scratch" else models.items()
+            chosen = list(models.items())[:1] if methods == ["scratch"] else models.items()
             for name, model in chosen:
                 results = evaluate_suite(
                     model,
                     name=name,
-                    methods=[method],
+                    methods=methods,
                     examples=examples,
                     rates=args.rates,
                     rate_seeds=args.rate_seeds,
