@@ -48,6 +48,7 @@ __all__ = [
     "suite_table",
     "write_predictions",
     "score_predictions",
+    "suite_plot",
     "CORRUPTIONS",
     "corrupt",
     "on_photographs",
@@ -1022,14 +1023,18 @@ def evaluate_suite(
         from tqdm.auto import tqdm
 
         todo = tqdm(todo, desc=suite, unit="run")
-    features: dict[str, tuple[Tensor, ...]] = {}
+    task, features, failed = None, {}, set()
     for task_name, method, seed in todo:
-        try:
-            task = load_task(task_name) if suite == "vtab-mini" else load_vtab_task(task_name, data_dir)
-        except Exception as error:  # whatever went wrong is the reader's to know, not to lose the other tasks by
-            results["failed"][task_name] = f"{type(error).__name__}: {error}"
-            save()
+        if task_name in failed:
             continue
+        if task is None or task.name != task_name:
+            try:
+                task = load_task(task_name) if suite == "vtab-mini" else load_vtab_task(task_name, data_dir)
+            except Exception as error:  # whatever it was, the reader must know, and the other tasks must run
+                results["failed"][task_name] = f"{type(error).__name__}: {error}"
+                failed.add(task_name)
+                save()
+                continue
         results["failed"].pop(task_name, None)
         row = {"model": key_of[method], "method": method, "examples": setting, "task": task_name, "seed": seed}
         chosen, test = _task_split(task, examples, seed, validate=False)
@@ -1245,6 +1250,26 @@ def score_predictions(path: str | Path) -> dict:
         "top1_interval": wilson_interval(hits, len(labels)),
         "mean_per_class": mean_per_class_accuracy(logits, truth),
     }
+
+
+def suite_plot(results: dict, examples: int | str = "all") -> None:
+    """Draw the scores of one setting with their intervals on matplotlib's current axes: a row for each mean."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib; install it with: pip install "bitlib[book]"') from error
+    summary = results.get("summary") or suite_summary(results)
+    whole = [entry for entry in summary if entry["examples"] == examples and not entry["missing"]]
+    parts = list(_suite_parts(results["suite"]))[::-1]
+    for i, entry in enumerate(whole):
+        label = entry["method"] if entry["model"] == "scratch" else f"{entry['model']} {entry['method']}"
+        middle, low, high = ([100 * entry["scores"][part][k] for part in parts] for k in range(3))
+        place = [row + 0.7 * (0.5 - (i + 1) / (len(whole) + 1)) for row in range(len(parts))]
+        ends = [[m - b for m, b in zip(middle, low, strict=True)], [t - m for m, t in zip(middle, high, strict=True)]]
+        plt.errorbar(middle, place, xerr=ends, fmt="osD^vPX*<>"[i % 10], markersize=5, label=label)
+    plt.yticks(range(len(parts)), parts)
+    plt.xlabel(f"top-1 accuracy with {examples} training examples a task, %")
+    plt.legend(fontsize=7)
 
 
 CORRUPTIONS = {

@@ -32,6 +32,7 @@ from bitlib.evaluate import (
     robustness,
     score_predictions,
     suite_difference,
+    suite_plot,
     suite_scores,
     suite_summary,
     suite_table,
@@ -246,6 +247,16 @@ def test_a_difference_is_paired_and_finds_what_is_there():
     back = suite_difference(results, ("M", "probe"), ("M", "ridge"), 100)
     assert back["mean"].mean == pytest.approx(-gain["mean"].mean)
     assert suite_difference(results, ("M", "ridge"), ("S", "ridge"), 100)["mean"] is None
+
+
+def test_the_plot_shows_whole_methods_only():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    plt.figure()
+    suite_plot(made_up({"ridge": dict.fromkeys(TASKS, 0.6), "probe": dict.fromkeys(TASKS[1:], 0.6)}), 100)
+    assert [text.get_text() for text in plt.gca().get_legend().get_texts()] == ["M ridge"]
+    assert [text.get_text() for text in plt.gca().get_yticklabels()][::-1] == ["mean", *VTAB_MINI]
+    plt.close("all")
 
 
 def test_only_common_seeds_are_compared():
