@@ -1030,6 +1030,8 @@ def evaluate_suite(
         if out is not None:
             _write_json(Path(out), results)
 
+    if todo:
+        results.pop("summary", None)  # until it is made anew, at the end
     if progress:
         from tqdm.auto import tqdm
 

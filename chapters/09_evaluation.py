@@ -1714,6 +1714,8 @@ def evaluate_suite(
         if out is not None:
             _write_json(Path(out), results)
 
+    if todo:
+        results.pop("summary", None)  # until it is made anew, at the end
     if progress:
         from tqdm.auto import tqdm
 
@@ -2028,7 +2030,8 @@ pairs = [
     (("BiT-mini-L", "finetuned"), ("BiT-mini-M", "finetuned")),
     (("BiT-mini-M", "finetuned"), ("BiT-mini-M", "ridge")),
 ]
-there = {(entry["model"], entry["method"], entry["examples"]) for entry in suite_results["summary"]}
+suite_entries = suite_results.get("summary") or suite_summary(suite_results)
+there = {(entry["model"], entry["method"], entry["examples"]) for entry in suite_entries}
 for examples in (100, "all"):
     for first, second in pairs:
         words = (
@@ -2049,7 +2052,7 @@ for examples in (100, "all"):
 # And task by task, in per cent:
 
 # %%
-columns = [entry for entry in suite_results["summary"] if entry["examples"] == 100]
+columns = [entry for entry in suite_entries if entry["examples"] == 100]
 for i, entry in enumerate(columns):
     print(
         f"{chr(97 + i)}: {entry['method'] if entry['model'] == 'scratch' else entry['model'] + ' ' + entry['method']}"

@@ -29,6 +29,7 @@ says how many runs are left and what they cost. One fine-tuning or training from
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -114,19 +115,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print(plan(args, models))
         return 0
-    common = dict(seeds=args.seeds, tasks=args.tasks, out=args.out, steps=args.steps, predictions=args.predictions)
+    common = dict(tasks=args.tasks, out=args.out, steps=args.steps, predictions=args.predictions)
     results = SuiteResults(rows=[])
     for group in TOGETHER:
         methods = [method for method in group if method in args.methods]
         for examples in args.examples if methods else ():
             # from scratch only the architecture counts, and the minis share one
-            chosen = list(models.items())[:1] if methods == ["scratch"] else models.items()
-            for name, model in chosen:
+            chosen = list(models.items())[: 1 if methods == ["scratch"] else None]
+            # one seed of all tasks after the other, so that a run cut short still has whole suites
+            turns = [args.seeds] if "ridge" in methods or "probe" in methods else [[seed] for seed in args.seeds]
+            for seeds, (name, model) in itertools.product(turns, chosen):
                 results = evaluate_suite(
                     model,
                     name=name,
                     methods=methods,
                     examples=examples,
+                    seeds=seeds,
                     rates=args.rates,
                     rate_seeds=args.rate_seeds,
                     progress=True,
