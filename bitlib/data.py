@@ -42,7 +42,15 @@ __all__ = [
     "N_DARTS",
     "GlyphNet",
     "Task",
+    "N_CHARACTERS",
+    "SIDE",
+    "photograph_blocks",
+    "photograph_windows",
+    "OPTIC_DISC",
+    "BACKDROPS",
+    "MAX_OBJECTS",
     "TASKS",
+    "VTAB_MINI",
     "load_task",
 ]
 
@@ -889,7 +897,11 @@ class GlyphNet(Dataset):
 
 @dataclass(frozen=True)
 class Task:
-    """A downstream task: two data sets of (uint8 image, class index), the names of the classes, and a card."""
+    """A downstream task: two data sets of (uint8 image, class index), the names of the classes, and a card.
+
+    group: "natural", "specialized" or "structured", as VTAB sorts tasks. flip, crop: whether the label survives
+    a mirror image, and a random crop; where it does not, fine-tuning must leave them out.
+    """
 
     name: str
     train: Dataset
@@ -898,6 +910,32 @@ class Task:
     description: str
     source: str
     licence: str
+    group: str = "natural"
+    flip: bool = True
+    crop: bool = True
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of always answering the class that is most frequent in the test set."""
+        return self.test.labels.bincount().max().item() / len(self.test)
+
+    def train_val(self) -> tuple[Dataset, Dataset]:
+        """The training set in two fixed parts, four fifths to train on and a fifth to choose settings with."""
+        parts = _stratified_split(self.train.labels, len(self.train) * 4 // 5)
+        return tuple(torch.utils.data.Subset(self.train, part.tolist()) for part in parts)
+
+    def card(self) -> str:
+        """What the task is, in a few lines of text."""
+        survives = " and ".join(word for word, ok in (("flip", self.flip), ("crop", self.crop)) if ok) or "nothing"
+        few = ", ".join(self.classes[:3])
+        named = few if len(self.classes) <= 3 else f"{few} ... {self.classes[-1]}"
+        return (
+            f"{self.name} ({self.group}): {self.description}\n"
+            f"  classes: {len(self.classes)} ({named}); chance {100 * self.chance:.1f} %\n"
+            f"  images: {len(self.train):,} to train on, {len(self.test):,} to test on; label survives: {survives}\n"
+            f"  source: {self.source}\n"
+            f"  licence: {self.licence}"
+        )
 
 
 def _digits() -> Task:
@@ -915,6 +953,7 @@ def _digits() -> Task:
         description="handwritten digits, scanned, 8x8 pixels in 17 levels of grey",
         source="Alpaydin and Kaynak (1998), UCI Machine Learning Repository; the copy in scikit-learn",
         licence="CC BY 4.0",
+        flip=False,
     )
 
 
@@ -931,12 +970,469 @@ def _stratified_split(labels: Tensor, n_train: int) -> tuple[Tensor, Tensor]:
     return train, rest.nonzero().flatten()
 
 
-TASKS = {"digits": _digits}
+def _faces() -> Task:
+    """A hundred faces and a hundred snippets without one, 25 x 25 pixels in grey."""
+    grey = np.load(package_file("skimage", "data/lfw_subset.npy"))
+    images = torch.from_numpy(np.rint(grey * 255).astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
+    labels = torch.arange(len(images)) // 100  # scikit-image: the first hundred are faces
+    train, test = _stratified_split(labels, 125)
+    return Task(
+        name="faces",
+        train=ImageTensorDataset(resize(images[train], 32), labels[train]),
+        test=ImageTensorDataset(resize(images[test], 32), labels[test]),
+        classes=("face", "something else"),
+        description="a face or not; snippets of photographs, 25x25 pixels in grey",
+        source="Huang et al. (2012), Labeled Faces in the Wild; the subset in scikit-image",
+        licence="for research, as LFW's page says; scikit-image ships the subset without a licence of its own",
+    )
+
+
+N_CHARACTERS = 50  # of the characters that GlyphNet holds out
+
+
+def _characters() -> Task:
+    """Characters that the upstream never shows; to train in one typeface that it never shows, to test in another."""
+    held_out = GlyphNet("M", "held-out")
+    images, labels = held_out.batch(range(len(held_out)))
+    parts = []
+    for typeface in range(len(HELD_OUT_TYPEFACES)):
+        own = (labels[:, 1] == typeface).nonzero().flatten()
+        chosen = [own[labels[own, 0] == c][:20] for c in range(N_CHARACTERS)]
+        chosen = torch.cat(chosen).sort().values
+        parts.append(ImageTensorDataset(images[chosen], labels[chosen, 0], N_CHARACTERS))
+    return Task(
+        name="characters",
+        train=parts[0],
+        test=parts[1],
+        classes=tuple(glyphs().characters[c][0] for c in held_out.character_classes[:N_CHARACTERS]),
+        description=f"{N_CHARACTERS} printed characters; trained in DejaVu Serif Italic, tested in Bold Italic",
+        source="drawn as GlyphNet draws, from characters and typefaces that it leaves out",
+        licence="the DejaVu fonts' own (free to use and embed); the images are the book's",
+        flip=False,
+    )
+
+
+SIDE = 32  # of a task's images, in pixels
+
+
+@functools.cache
+def _pixels(name: str) -> Tensor:
+    """A downstream photograph: uint8 (3, height, width)."""
+    return to_tensor(Image.open(package_file(*DOWNSTREAM_PHOTOGRAPHS[name])))
+
+
+def photograph_blocks(height: int, width: int, split: str) -> np.ndarray:
+    """The blocks (top, left, height, width) of a photograph that belong to "train" or to "test"; long (n, 4)."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test; got {split!r}")
+    rows, columns = max(2, height // 96), max(2, width // 96)
+    y, x = height * np.arange(rows + 1) // rows, width * np.arange(columns + 1) // columns
+    chosen = [
+        (y[r], x[c], y[r + 1] - y[r], x[c + 1] - x[c])
+        for r, c in itertools.product(range(rows), range(columns))
+        if ((r + c) % 3 == 0) == (split == "test")
+    ]
+    return np.array(chosen)
+
+
+def photograph_windows(
+    name: str, split: str, n: int, smallest: int, largest: int, stream: str = "windows"
+) -> np.ndarray:
+    """n random square windows (top, left, side) of a downstream photograph, each inside a block of the split."""
+    blocks = photograph_blocks(*_pixels(name).shape[1:], split)
+    u = (_hash(f"{stream} {name} {split}", np.arange(n), 4) >> np.uint64(11)) * 2.0**-53
+    top, left, height, width = blocks[(u[:, 0] * len(blocks)).astype(np.int64)].T
+    side = np.minimum(smallest + (u[:, 1] * (largest - smallest + 1)).astype(np.int64), np.minimum(height, width))
+    top, left = (
+        top + (u[:, 2] * (height - side + 1)).astype(np.int64),
+        left + (u[:, 3] * (width - side + 1)).astype(np.int64),
+    )
+    return np.stack([top, left, side], axis=1)
+
+
+def _cut(pixels: Tensor, windows: np.ndarray) -> Tensor:
+    """The windows of a photograph, each resized to SIDE x SIDE: uint8 (n, 3, SIDE, SIDE)."""
+    return torch.stack([resize(pixels[:, t : t + s, a : a + s], SIDE) for t, a, s in windows.tolist()])
+
+
+def _windows_task(name: str, photographs: Sequence[str], **card) -> Task:
+    """Which of several photographs does a window come from?"""
+    parts = []
+    for split, total in (("train", 1_000), ("test", 500)):
+        counts = [total // len(photographs) + (i < total % len(photographs)) for i in range(len(photographs))]
+        images = [
+            _cut(_pixels(photograph), photograph_windows(photograph, split, n, 32, 64))
+            for photograph, n in zip(photographs, counts, strict=True)
+        ]
+        labels = torch.arange(len(photographs)).repeat_interleave(torch.tensor(counts))
+        parts.append(ImageTensorDataset(torch.cat(images), labels))
+    return Task(name, *parts, classes=tuple(photographs), **card)
+
+
+def _which_photograph() -> Task:
+    """Ten photographs of very different things."""
+    return _windows_task(
+        "photographs",
+        ("cell", "clock", "coffee", "coins", "hubble", "ihc", "moon", "motorcycle-left", "page", "text"),
+        description="which of ten photographs a window of 32 to 64 pixels comes from",
+        source="scikit-image's data folder, which names each photographer",
+        licence="public domain, CC0 or no known restrictions; the motorcycle for research; some not stated",
+    )
+
+
+def _textures() -> Task:
+    """A brick wall, grass, gravel."""
+    return _windows_task(
+        "textures",
+        ("brick", "grass", "gravel"),
+        description="a brick wall, grass or gravel, in grey, in windows of 32 to 64 pixels",
+        source="CC0Textures (brick, gravel) and linolafett on DeviantArt (grass); the copies in scikit-image",
+        licence="CC0",
+    )
+
+
+OPTIC_DISC = (646, 234)  # row and column in the photograph of the retina, by eye
+
+
+def _levels_task(
+    name: str,
+    photograph: str,
+    sides: tuple[int, int],
+    measure,
+    n_levels: int,
+    classes: tuple[str, ...],
+    **card,
+) -> Task:
+    """Windows of one photograph, sorted into levels of what is measured in them.
+
+    measure(windows) gives one number for each window (top, left, side); NaN takes a window out.
+    """
+    windows, values = {}, {}
+    for split, n in (("train", 1_000), ("test", 500)):
+        for tries in (1, 2, 4, 8):  # window i is the same however many are drawn
+            drawn = photograph_windows(photograph, split, tries * n, *sides, stream=name)
+            measured = measure(drawn)
+            good = np.flatnonzero(~np.isnan(measured))[:n]
+            if len(good) == n:
+                break
+        windows[split], values[split] = drawn[good], measured[good]
+    edges = np.quantile(values["train"], np.arange(1, n_levels) / n_levels)
+    parts = [
+        ImageTensorDataset(
+            _cut(_pixels(photograph), windows[split]),
+            torch.from_numpy(np.searchsorted(edges, values[split], side="right")),
+            n_levels,
+        )
+        for split in ("train", "test")
+    ]
+    return Task(name, *parts, classes=classes, **card)
+
+
+def _mean_in(windows: np.ndarray, values: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """The mean of values (height, width) in each window (top, left, side), less a margin on every side of it."""
+    cut = (windows[:, 2] * margin).astype(np.int64)
+    return np.array(
+        [
+            values[t + m : t + s - m, a + m : a + s - m].mean()
+            for (t, a, s), m in zip(windows.tolist(), cut.tolist(), strict=True)
+        ]
+    )
+
+
+def _stain(pixels: np.ndarray) -> np.ndarray:
+    """How much DAB there is at each pixel (Ruifrok and Johnston, 2001): (height, width), from uint8 (3, ...)."""
+    stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # hematoxylin, eosin, DAB
+    density = -np.log(np.maximum(pixels, 1) / 255.0)
+    return np.tensordot(np.linalg.inv(stains)[:, 2], density, axes=1)
+
+
+def _histology() -> Task:
+    """How much of a brown stain there is in a window of a section of the colon."""
+    stain = _stain(_pixels("ihc").numpy())
+    return _levels_task(
+        "histology",
+        "ihc",
+        (32, 64),
+        lambda windows: _mean_in(windows, stain),
+        4,
+        ("least stained", "little stained", "much stained", "most stained"),
+        description="the level of a brown stain (DAB) in a section of the colon, windows of 32 to 64 pixels",
+        source="Center for Microscopy and Molecular Imaging (CMMI), immunohistochemistry of FHL2; in scikit-image",
+        licence="no known copyright restrictions",
+        group="specialized",
+    )
+
+
+def _retina() -> Task:
+    """How far a window lies from the optic disc of a retina."""
+    height, width = _pixels("retina").shape[1:]
+
+    def distance(windows: np.ndarray) -> np.ndarray:
+        top, left, side = windows.T
+        y, x = top + side / 2, left + side / 2
+        inside = np.hypot(y - height / 2, x - width / 2) + side / 2**0.5 < 0.48 * width  # the picture is a disc
+        return np.where(inside, np.hypot(y - OPTIC_DISC[0], x - OPTIC_DISC[1]), np.nan)
+
+    return _levels_task(
+        "retina",
+        "retina",
+        (64, 96),
+        distance,
+        4,
+        ("at the optic disc", "near it", "far from it", "farthest from it"),
+        description="the level of distance from the optic disc, windows of 64 to 96 pixels of a retina",
+        source="Haeggstroem (2014), fundus photograph, Wikimedia Commons; in scikit-image",
+        licence="CC0",
+        group="specialized",
+    )
+
+
+def _sky() -> Task:
+    """How many stars and galaxies there are in a window of the Hubble telescope's deepest picture."""
+    red, green, blue = _pixels("hubble").numpy().astype(np.int64)
+    bright = ((299 * red + 587 * green + 114 * blue) // 1000).astype(np.uint8)
+
+    def peaks(windows: np.ndarray) -> np.ndarray:
+        counts = []
+        for t, a, s in windows.tolist():
+            soft = torch.from_numpy(_smooth(_smooth(bright[t : t + s, a : a + s]))).float()
+            around = F.max_pool2d(soft[None], 5, stride=1, padding=2)[0]
+            counts.append(int(((soft == around) & (soft > 40)).sum()))
+        # windows differ in size, so what counts is the number on the same area
+        return np.array(counts) * (64 / windows[:, 2]) ** 2
+
+    return _levels_task(
+        "sky",
+        "hubble",
+        (48, 64),
+        peaks,
+        4,
+        ("fewest sources", "few sources", "many sources", "most sources"),
+        description="the level of the number of stars and galaxies on a piece of the sky, windows of 48 to 64 pixels",
+        source="NASA, ESA, the Hubble eXtreme Deep Field (2012); in scikit-image",
+        licence="public domain",
+        group="specialized",
+    )
+
+
+def _depth() -> Task:
+    """How near the middle of a window is, by the disparity of a stereo pair."""
+    with np.load(package_file("skimage", "data/motorcycle_disp.npz")) as file:
+        disparity = file["arr_0"].astype(np.float64)
+    disparity[~np.isfinite(disparity)] = np.nan  # seen by one camera only
+    return _levels_task(
+        "depth",
+        "motorcycle-left",
+        (48, 48),
+        lambda windows: _mean_in(windows, disparity, margin=0.375),
+        4,
+        ("farthest", "far", "near", "nearest"),
+        description="the level of disparity, so of nearness, in the middle of a window of 48 pixels",
+        source="Scharstein et al. (2014), Middlebury stereo, left picture of Motorcycle; in scikit-image",
+        licence="for research, as Middlebury's page says",
+        group="structured",
+        crop=False,
+    )
+
+
+BACKDROPS = ("brick", "clock", "coffee", "grass", "gravel", "motorcycle-left")
+MAX_OBJECTS = 8
+
+
+def _uniform(stream: str, n: int, *names: str) -> dict[str, np.ndarray]:
+    """Named quantities for n images, each float64 (n,), uniform in [0, 1)."""
+    bits = _hash(stream, np.arange(n), len(names)) >> np.uint64(11)
+    return {name: bits[:, i] * 2.0**-53 for i, name in enumerate(names)}
+
+
+def _backdrops(stream: str, split: str, n: int, dark: np.ndarray) -> np.ndarray:
+    """Backdrops of little contrast, float32 (n, 3, SIDE, SIDE): below 0.45 where dark, above 0.55 elsewhere."""
+    u = _uniform(f"{stream} backdrop", n, "kind", "which", *_GRADIENT)
+    low, high = np.where(dark, 0.0, 0.55).astype(np.float32), np.where(dark, 0.45, 1.0).astype(np.float32)
+    canvas = np.empty((n, 3, SIDE, SIDE), np.float32)
+    photo = u["kind"] < 0.5
+    _paint_gradients(canvas, np.flatnonzero(~photo), u, low, high)
+    which = (u["which"] * len(BACKDROPS)).astype(np.int64)
+    for i, name in enumerate(BACKDROPS):
+        own = np.flatnonzero(photo & (which == i))
+        crops = _cut(_pixels(name), photograph_windows(name, split, len(own), 32, 64, stream=stream)).numpy()
+        canvas[own] = low[own, None, None, None] + 0.45 * (crops / np.float32(255.0))
+    return canvas
+
+
+def _draw_object(
+    canvas: np.ndarray,
+    which: np.ndarray,
+    shape: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    angle: np.ndarray,
+    colour: np.ndarray,
+) -> None:
+    """Draw one object into each canvas[which]: disc, square, bar or triangle (0 to 3), angle in radians, y upwards."""
+    axis = np.arange(SIDE) + 0.5
+    dx, dy = axis[None, None, :] - x[:, None, None], y[:, None, None] - axis[None, :, None]
+    cos, sin, r = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None], radius[:, None, None]
+    u, v = (cos * dx + sin * dy) / r, np.abs(cos * dy - sin * dx) / r
+    disc = np.sqrt(u**2 + v**2) - 1.0
+    square = np.maximum(np.abs(u), v) - 0.85
+    bar = np.maximum(np.abs(u) - 1.0, v - 0.35)
+    triangle = np.maximum(-u - 0.7, (0.75 * (u - 1.0) + 1.7 * v) / 1.86)
+    outline = np.choose(shape[:, None, None], [disc, square, bar, triangle])
+    alpha = np.clip(0.5 - r * outline, 0.0, 1.0)[:, None].astype(np.float32)
+    canvas[which] += alpha * (colour[:, :, None, None] - canvas[which])
+
+
+def _scene_task(name: str, draw, classes: tuple[str, ...], **card) -> Task:
+    """1,000 training and 1,000 test scenes; draw(canvas, stream, colours) fills the canvas and returns the labels."""
+    parts = []
+    for split in ("train", "test"):
+        n, stream = 1_000, f"scene {name} {split}"
+        dark = _uniform(f"{stream} tone", n, "tone")["tone"] < 0.5
+        canvas = _backdrops(stream, split, n, dark)
+        fields = [f"{what}{i}" for i in range(MAX_OBJECTS) for what in ("hue", "saturation", "lightness")]
+        u = _uniform(f"{stream} colour", n, *fields)
+        colours = [
+            _hsl_to_rgb(
+                u[f"hue{i}"], 0.5 + 0.5 * u[f"saturation{i}"], np.where(dark, 0.68, 0.12) + 0.2 * u[f"lightness{i}"]
+            )
+            for i in range(MAX_OBJECTS)
+        ]
+        labels = draw(canvas, stream, colours)
+        images = np.clip(np.rint(canvas * 255.0), 0, 255).astype(np.uint8)
+        parts.append(ImageTensorDataset(torch.from_numpy(images), torch.from_numpy(labels), len(classes)))
+    return Task(
+        name,
+        *parts,
+        classes=classes,
+        source="drawn by this chapter, half of them over pieces of photographs from scikit-image's data folder",
+        licence="Apache 2.0; the photographs' own for the backdrops",
+        group="structured",
+        **card,
+    )
+
+
+def _draw_count(canvas: np.ndarray, stream: str, colours: list[np.ndarray]) -> np.ndarray:
+    """One to eight objects, each in a cell of its own of a 4 x 4 grid."""
+    n = len(canvas)
+    fields = [f"{what}{i}" for i in range(MAX_OBJECTS) for what in ("shape", "radius", "angle", "x", "y")]
+    u = _uniform(stream, n, "count", *fields)
+    cells = np.argsort(_hash(f"{stream} cells", np.arange(n), 16), axis=1, kind="stable")
+    count = (u["count"] * MAX_OBJECTS).astype(np.int64)
+    for i in range(MAX_OBJECTS):
+        has = np.flatnonzero(count >= i)
+        own = {what: u[f"{what}{i}"][has] for what in ("shape", "radius", "angle", "x", "y")}
+        radius = 1.8 + 1.2 * own["radius"]
+        reach = 4.0 - radius  # an object stays in its cell of 8 x 8 pixels
+        x, y = (
+            8 * part + 4 + reach * (2 * own[axis] - 1)
+            for axis, part in (("x", cells[has, i] % 4), ("y", cells[has, i] // 4))
+        )
+        shape = (4 * own["shape"]).astype(np.int64)
+        _draw_object(canvas, has, shape, x, y, radius, 2 * math.pi * own["angle"], colours[i][has])
+    return count
+
+
+def _draw_orientation(canvas: np.ndarray, stream: str, colours: list[np.ndarray]) -> np.ndarray:
+    """A triangle that points anywhere; the label is the sector of 45 degrees."""
+    n = len(canvas)
+    u = _uniform(stream, n, "sector", "within", "radius", "x", "y")
+    sector = (8 * u["sector"]).astype(np.int64)
+    radius = 6.0 + 6.0 * u["radius"]
+    x, y = (16.0 + 4.0 * (2 * u[axis] - 1) for axis in "xy")
+    _draw_object(canvas, np.arange(n), np.full(n, 3), x, y, radius, (sector + u["within"]) * math.pi / 4, colours[0])
+    return sector
+
+
+def _draw_position(canvas: np.ndarray, stream: str, colours: list[np.ndarray]) -> np.ndarray:
+    """An object whose centre lies in one of eight columns."""
+    n = len(canvas)
+    u = _uniform(stream, n, "column", "within", "y", "radius", "shape", "angle")
+    column = (8 * u["column"]).astype(np.int64)
+    x, y = 4.0 + 3.0 * (column + u["within"]), 4.0 + 24.0 * u["y"]
+    shape, radius = (4 * u["shape"]).astype(np.int64), 2.5 + 3.0 * u["radius"]
+    _draw_object(canvas, np.arange(n), shape, x, y, radius, 2 * math.pi * u["angle"], colours[0])
+    return column
+
+
+def _draw_distance(canvas: np.ndarray, stream: str, colours: list[np.ndarray]) -> np.ndarray:
+    """Three to five discs or squares of one size at several distances; the label is the range of the nearest."""
+    n = len(canvas)
+    fields = [f"{what}{i}" for i in range(5) for what in ("shape", "x", "y", "angle", "share")]
+    u = _uniform(stream, n, "range", "within", "others", *fields)
+    label = (6 * u["range"]).astype(np.int64)
+    nearest = 2.5 * (9.0 / 2.5) ** ((label + u["within"]) / 6)  # its radius in pixels, on a scale of ratios
+    others = 2 + (3 * u["others"]).astype(np.int64)
+    for i in reversed(range(5)):  # far objects first, so that the nearest lies on top
+        has = np.flatnonzero(others >= i)
+        own = {what: u[f"{what}{i}"][has] for what in ("shape", "x", "y", "angle", "share")}
+        radius = nearest[has] * (1.0 if i == 0 else 0.3 + 0.5 * own["share"])
+        x, y = (radius + (SIDE - 2 * radius) * own[axis] for axis in "xy")
+        _draw_object(
+            canvas, has, (2 * own["shape"]).astype(np.int64), x, y, radius, 2 * math.pi * own["angle"], colours[i][has]
+        )
+    return 5 - label  # range 0 is the nearest
+
+
+def _count() -> Task:
+    return _scene_task(
+        *("count", _draw_count, tuple(str(i + 1) for i in range(MAX_OBJECTS))),
+        description="how many objects, one to eight, of any shape, colour and size",
+        crop=False,
+    )
+
+
+def _orientation() -> Task:
+    return _scene_task(
+        *("orientation", _draw_orientation, tuple(f"{45 * i} to {45 * (i + 1)} degrees" for i in range(8))),
+        description="in which of eight sectors a triangle points",
+        flip=False,
+    )
+
+
+def _x_position() -> Task:
+    return _scene_task(
+        *("x-position", _draw_position, tuple(f"column {i + 1}" for i in range(8))),
+        description="in which of eight columns the centre of an object lies",
+        flip=False,
+        crop=False,
+    )
+
+
+def _distance() -> Task:
+    return _scene_task(
+        *("distance", _draw_distance, tuple(f"range {i + 1}" for i in range(6))),
+        description="in which of six ranges the nearest of several objects of one size lies; nearer is larger",
+        crop=False,
+    )
+
+
+TASKS = {
+    "digits": _digits,
+    "faces": _faces,
+    "photographs": _which_photograph,
+    "textures": _textures,
+    "characters": _characters,
+    "histology": _histology,
+    "retina": _retina,
+    "sky": _sky,
+    "count": _count,
+    "orientation": _orientation,
+    "x-position": _x_position,
+    "distance": _distance,
+    "depth": _depth,
+}
+VTAB_MINI = {  # VTAB's three groups, and which of our tasks is in which
+    "natural": ("digits", "faces", "photographs", "textures", "characters"),
+    "specialized": ("histology", "retina", "sky"),
+    "structured": ("count", "orientation", "x-position", "distance", "depth"),
+}
 
 
 @functools.cache
 def load_task(name: str) -> Task:
-    """Load a downstream task by its name in TASKS."""
+    """Load a downstream task by its name in TASKS. Nothing is downloaded, and each call gives the same bytes."""
     if name not in TASKS:
         raise ValueError(f"no task {name!r}; the tasks are {', '.join(TASKS)}")
     return TASKS[name]()

@@ -32,27 +32,73 @@ __all__ = [
     "bootstrap_interval",
     "FewShotAccuracy",
     "few_shot_accuracy",
+    "SUITE_METHODS",
+    "SCRATCH_RATES",
+    "suite_tasks",
+    "draw_examples",
+    "task_rule",
+    "SuiteResults",
+    "read_suite",
+    "evaluate_suite",
+    "SuiteScore",
+    "right_images",
+    "suite_scores",
+    "suite_difference",
+    "suite_summary",
+    "suite_table",
+    "write_predictions",
+    "score_predictions",
+    "suite_plot",
+    "CORRUPTIONS",
+    "corrupt",
+    "on_photographs",
+    "robustness",
+    "VTAB_1K",
+    "CLEVR_DISTANCES",
+    "KITTI_DISTANCES",
+    "vtab_label",
+    "VtabImages",
+    "VtabTask",
+    "load_vtab_task",
 ]
 
+import hashlib
+import io
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from bitlib.data import (
+    DOWNSTREAM_PHOTOGRAPHS,
+    VTAB_MINI,
+    ImageTensorDataset,
+    Task,
+    load_task,
+    package_file,
+    photograph_windows,
+)
 from bitlib.data import center_crop as _center_crop
 from bitlib.data import normalize as _normalize
 from bitlib.data import resize as _resize
 from bitlib.data import resize_shorter_side as _resize_shorter_side
 from bitlib.data import to_tensor as _to_tensor
 from bitlib.finetune import few_shot as _few_shot
+from bitlib.finetune import finetune, labels_of
+from bitlib.hyperrule import Rule, hyperrule
+from bitlib.resnet import create_model
 
 
 def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -607,15 +653,24 @@ def _choose_strength(
     labels: Tensor,
     val: tuple[Tensor, Tensor] | None,
     seed: int,
+    patience: int = 7,
 ) -> float:
-    """The relative strength with the smallest loss on `val` or, without it, on a fifth of the examples."""
+    """The relative strength with the smallest loss on `val` or, without it, on a fifth of the examples.
+
+    From strong to weak; after `patience` strengths in a row that were no better, the weaker ones are not tried.
+    """
     if val is None:
         held = _validation_mask(labels, seed)
         if not held.any():
             return _UNSPLIT_STRENGTH
         val, features, labels = (features[held], labels[held]), features[~held], labels[~held]
-    losses = [loss(fit(features, labels, strength)(val[0]), val[1]).item() for strength in _STRENGTHS]
-    return _STRENGTHS[losses.index(min(losses))]
+    losses: dict[float, float] = {}
+    for strength in reversed(_STRENGTHS):
+        losses[strength] = loss(fit(features, labels, strength)(val[0]), val[1]).item()
+        best = min(reversed(losses), key=losses.get)  # of equals the weakest
+        if list(losses).index(best) + patience < len(losses):
+            break
+    return best
 
 
 def _signs(labels: Tensor, num_classes: int) -> Tensor:
@@ -665,7 +720,7 @@ def ridge_classifier(
 
 
 @torch.enable_grad()
-def _fit_softmax(features: Tensor, labels: Tensor, n_classes: int, l2: float) -> LinearClassifier:
+def _fit_softmax(features: Tensor, labels: Tensor, n_classes: int, l2: float, max_iter: int = 1000) -> LinearClassifier:
     """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2 / 2 |W|^2, the intercept free."""
     mean = features.mean(0)
     scale = (features - mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
@@ -673,7 +728,7 @@ def _fit_softmax(features: Tensor, labels: Tensor, n_classes: int, l2: float) ->
     w = torch.zeros(n_classes, z.shape[1], dtype=z.dtype, device=z.device, requires_grad=True)
     b = torch.zeros(n_classes, dtype=z.dtype, device=z.device, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [w, b], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [w, b], max_iter=max_iter, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
@@ -698,14 +753,15 @@ def linear_probe(
 ) -> LinearClassifier:
     """Multinomial logistic regression on features (n, d): minimises mean cross-entropy + l2 / 2 |W|^2.
 
-    Its scores are logits. Without `l2`, it is chosen by NLL in the manner of `ridge_classifier`.
+    Its scores are logits. Without `l2`, it is chosen by NLL in the manner of `ridge_classifier`, but with fits of at
+    most 100 iterations, and from strong to weak until two in a row are worse: weak ones take very long to fit.
     scikit-learn's LogisticRegression(C=1 / (n * l2)) finds the same minimum.
     """
     features, labels, n_classes = _checked_features(features, labels, num_classes)
 
-    def fit(features: Tensor, labels: Tensor, strength: float) -> LinearClassifier:
+    def fit(features: Tensor, labels: Tensor, strength: float, max_iter: int = 100) -> LinearClassifier:
         size = (features - features.mean(0)).square().sum(1).mean().item()
-        return _fit_softmax(features, labels, n_classes, strength * size if size > 0 else strength)
+        return _fit_softmax(features, labels, n_classes, strength * size if size > 0 else strength, max_iter)
 
     if l2 is not None:
         if not l2 > 0:
@@ -713,7 +769,8 @@ def linear_probe(
         return _fit_softmax(features, labels, n_classes, float(l2))
     if val is not None:
         val = _checked_features(*val, n_classes)[:2]
-    return fit(features, labels, _choose_strength(fit, F.cross_entropy, features, labels, val, seed))
+    strength = _choose_strength(fit, F.cross_entropy, features, labels, val, seed, patience=2)
+    return fit(features, labels, strength, max_iter=1000)
 
 
 class McNemar(NamedTuple):
@@ -763,7 +820,14 @@ def bootstrap_interval(
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
     table = table[None] if table.ndim == 1 else table
-    generator = torch.Generator().manual_seed(seed)
+    means = _resampled_means(table, n_resamples, torch.Generator().manual_seed(seed))
+    tail = (1 - level) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _resampled_means(table: Tensor, n_resamples: int, generator: torch.Generator) -> Tensor:
+    """The means of a table (rows, columns) when rows and columns are drawn again, n_resamples times."""
 
     def shares(times: int, n: int) -> Tensor:
         """How often each of n values was drawn, over n: (times, n)."""
@@ -774,9 +838,7 @@ def bootstrap_interval(
     for start in range(0, n_resamples, chunk):
         times = min(chunk, n_resamples - start)
         means.append(((shares(times, table.shape[0]) @ table) * shares(times, table.shape[1])).sum(1))
-    tail = (1 - level) / 2
-    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    return torch.cat(means)
 
 
 class FewShotAccuracy(NamedTuple):
@@ -814,3 +876,635 @@ def few_shot_accuracy(
         top1.append(topk_accuracy(classifier(test[0]), test[1]))
     values = torch.tensor(top1, dtype=torch.float64)
     return FewShotAccuracy(values.mean().item(), *bootstrap_interval(values), values)
+
+
+SUITE_METHODS = ("finetuned", "ridge", "probe", "scratch")
+SCRATCH_RATES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3)
+
+
+def suite_tasks(suite: str) -> dict[str, str]:
+    """The tasks of a suite, in order, each with its group. Suites: "vtab-mini" (offline) and "vtab-1k"."""
+    if suite == "vtab-mini":
+        return {name: group for group, names in VTAB_MINI.items() for name in names}
+    if suite == "vtab-1k":
+        return {name: row[0] for name, row in VTAB_1K.items()}
+    raise ValueError(f"no suite {suite!r}; there are vtab-mini and vtab-1k")
+
+
+def draw_examples(labels: Tensor, n: int, seed: int = 0) -> list[int]:
+    """Draw n examples as evenly over the classes as they allow: indices in rising order, a function of the seed."""
+    labels = labels_of(labels)
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"cannot draw {n} of {len(labels)} examples")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    turn = torch.empty(len(labels), dtype=torch.long)  # the first of each class, the second of each, ...
+    for label in labels.unique():
+        members = labels[order] == label
+        turn[members] = torch.arange(int(members.sum()))
+    return sorted(order[turn.argsort(stable=True)[:n]].tolist())
+
+
+def task_rule(task: Task, model: nn.Module, steps: int | None = None) -> Rule:
+    """The HyperRule for a task, without the augmentations that would change its labels.
+
+    steps: a shorter run, its decays at the same shares of it; to try things out, not the rule's.
+    """
+    rule = hyperrule(len(task.train), tuple(_to_tensor(task.train[0][0]).shape[1:]), model=model)
+    if steps is not None:
+        decays = tuple(s * steps // rule.steps for s in rule.decay_steps)
+        rule = replace(rule, steps=steps, decay_steps=decays, warmup_steps=rule.warmup_steps * steps // rule.steps)
+    return replace(rule, flip=rule.flip and task.flip, random_crop=rule.random_crop and task.crop)
+
+
+def _task_split(task: Task, examples: int | None, seed: int, validate: bool) -> tuple[list[int], Dataset]:
+    """Which training images a run may use, and the data set it is judged on."""
+    train, val = task.train_val()
+    chosen = list(train.indices)
+    if examples is not None:
+        labels = labels_of(task.train)[chosen]
+        chosen = [chosen[i] for i in draw_examples(labels, min(examples, len(chosen)), seed)]
+    elif not validate:
+        chosen = list(range(len(task.train)))
+    return chosen, (val if validate else task.test)
+
+
+def _fit_network(task: Task, model: nn.Module, method: str, chosen: list[int], seed: int, rate, steps) -> nn.Module:
+    """Fine-tune the model, or train its architecture from random weights, on the chosen images."""
+    rule = task_rule(task, model, steps)
+    if method == "scratch":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = create_model(model.name, len(task.classes))
+        rule = replace(rule, base_lr=rate, warmup_steps=rule.steps // 10)
+    data = Subset(task.train, chosen)
+    return finetune(model, data, rule, seed=seed, num_classes=len(task.classes), progress=False).model
+
+
+class SuiteResults(dict):
+    """The results of a suite: what was run, a row for each run, a summary. It prints as tables."""
+
+    def __repr__(self) -> str:
+        settings = dict.fromkeys(row["examples"] for row in self["rows"])
+        return "\n\n".join(suite_table(self, examples) for examples in settings) or "no runs yet"
+
+
+def read_suite(path: str | Path) -> SuiteResults:
+    """Read the JSON file that `evaluate_suite` writes."""
+    return SuiteResults(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("head."):  # a suite gives each task a head of its own
+            continue
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def evaluate_suite(
+    model: nn.Module,
+    suite: str = "vtab-mini",
+    *,
+    name: str | None = None,
+    methods: Sequence[str] = ("finetuned", "ridge"),
+    examples: int | None = None,
+    seeds: Sequence[int] = (0,),
+    tasks: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    predictions: str | Path | None = None,
+    rates: Sequence[float] = SCRATCH_RATES,
+    rate_seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    data_dir: str | Path | None = None,
+    progress: bool = False,
+) -> SuiteResults:
+    """Run a suite of tasks with one model, and return (and write) the results.
+
+    name: what the model is called in the results; its architecture unless given. methods: of SUITE_METHODS;
+    "scratch" uses only the model's architecture. examples: training images a task, drawn evenly over the
+    classes for each seed; None for all. tasks: some of the suite's instead of all. out: a JSON file, written
+    after each run; the same call goes on where it was stopped, and other calls add to it. predictions: a
+    folder for a file of predictions of each run, see `write_predictions`. rates, rate_seeds: for scratch; the
+    rate with the best mean accuracy on the validation fifth is used, among equals the smallest. steps: a
+    shorter run than the rule's, to try things. data_dir: for vtab-1k, where the data sets are.
+
+    Raises ValueError for an unknown suite, task or method, and if `out` holds other weights of that name.
+    A task that cannot be loaded stands under "failed" with the reason, and is not counted in any mean.
+    """
+    groups, name = suite_tasks(suite), name or getattr(model, "name", type(model).__name__)
+    wanted = list(groups) if tasks is None else list(tasks)
+    for given, known, what in ((wanted, groups, "task"), (methods, SUITE_METHODS, "method")):
+        for word in given:
+            if word not in known:
+                raise ValueError(f"no {what} {word!r} in {suite}; there are {', '.join(known)}")
+    about = {"architecture": model.name, "weights_sha256": _weights_digest(model)}
+    results = SuiteResults(suite=suite, steps=steps, models={}, rates_tried=[], rows=[], failed={})
+    if out is not None and Path(out).exists():
+        results = read_suite(out)
+        if results["suite"] != suite or results["steps"] != steps:
+            raise ValueError(f"{out} holds {results['suite']} with steps={results['steps']}; give another file")
+        if results["models"].get(name, about) != about and set(methods) != {"scratch"}:
+            raise ValueError(f"{out} holds results of another {name}; move the file away, or give another name")
+    if set(methods) != {"scratch"}:
+        results["models"][name] = about
+    key_of = {m: "scratch" if m == "scratch" else name for m in methods}
+    setting = "all" if examples is None else examples
+    done = {(r["model"], r["method"], r["examples"], r["task"], r["seed"]) for r in results["rows"]}
+    todo = [
+        (task, method, seed)
+        for task in wanted
+        for method in methods
+        for seed in seeds
+        if (key_of[method], method, setting, task, seed) not in done
+    ]
+
+    def save() -> None:
+        if out is not None:
+            _write_json(Path(out), results)
+
+    if todo:
+        results.pop("summary", None)  # until it is made anew, at the end
+    if progress:
+        from tqdm.auto import tqdm
+
+        todo = tqdm(todo, desc=suite, unit="run")
+    task, features, failed = None, {}, set()
+    for task_name, method, seed in todo:
+        if task_name in failed:
+            continue
+        if task is None or task.name != task_name:
+            try:
+                task = load_task(task_name) if suite == "vtab-mini" else load_vtab_task(task_name, data_dir)
+            except Exception as error:  # whatever it was, the reader must know, and the other tasks must run
+                results["failed"][task_name] = f"{type(error).__name__}: {error}"
+                failed.add(task_name)
+                save()
+                continue
+        results["failed"].pop(task_name, None)
+        row = {"model": key_of[method], "method": method, "examples": setting, "task": task_name, "seed": seed}
+        chosen, test = _task_split(task, examples, seed, validate=False)
+        held = None if examples is None else list(task.train_val()[1].indices)  # for the temperature only
+        if method in ("ridge", "probe"):
+            if task_name not in features:
+                features.clear()
+                features[task_name] = *extract_features(model, task.train), *extract_features(model, task.test)
+            pool, pool_labels, seen, labels = features[task_name]
+            fit = ridge_classifier if method == "ridge" else linear_probe
+            classifier = fit(pool[chosen], pool_labels[chosen], num_classes=len(task.classes), seed=seed)
+            logits = classifier(seen).float()
+            on_held = None if held is None else (classifier(pool[held]), pool_labels[held])
+        else:
+            if method == "scratch":
+                row["rate"] = _scratch_rate(results, task, model, examples, rates, rate_seeds, steps, save)
+            network = _fit_network(task, model, method, chosen, seed, row.get("rate"), steps)
+            logits, labels = predict_logits(network, test)
+            on_held = None if held is None else predict_logits(network, Subset(task.train, held))
+        results["rows"].append(row | _suite_scores(logits, labels, on_held))
+        if predictions is not None:
+            file = f"{row['model']}-{method}-{setting}-{task_name}-{seed}.json"
+            write_predictions(Path(predictions) / file, task_name, task.classes, logits.argmax(1), labels)
+        save()
+    results["summary"] = suite_summary(results)
+    save()
+    return results
+
+
+def _scratch_rate(results, task, model, examples, rates, rate_seeds, steps, save) -> float:
+    """The rate with the best mean validation accuracy among `rates`, trying those not tried yet."""
+    setting = "all" if examples is None else examples
+    tried = {
+        (r["rate"], r["seed"]): r for r in results["rates_tried"] if (r["task"], r["examples"]) == (task.name, setting)
+    }
+    for rate in rates:
+        for seed in rate_seeds:
+            if (rate, seed) in tried:
+                continue
+            chosen, val = _task_split(task, examples, seed, validate=True)
+            network = _fit_network(task, model, "scratch", chosen, seed, rate, steps)
+            top1 = topk_accuracy(*predict_logits(network, val))
+            row = {"task": task.name, "examples": setting, "rate": rate, "seed": seed, "val_top1": round(top1, 6)}
+            results["rates_tried"].append(row)
+            tried[rate, seed] = row
+            save()
+    means = {
+        rate: sum(tried[rate, seed]["val_top1"] for seed in rate_seeds) / len(rate_seeds) for rate in sorted(rates)
+    }
+    return max(means, key=means.get)
+
+
+def _suite_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | None) -> dict:
+    """Top-1; NLL and ECE, also after temperature scaling on held-out images; and which test images were right.
+
+    The last is a bit for each image after a leading 1, in hexadecimal.
+    """
+    row = {"top1": topk_accuracy(logits, labels)}
+    scaled = {"": logits}
+    if held is not None:
+        row["temperature"] = temperature_scaling(*held)
+        scaled["_scaled"] = logits / row["temperature"]
+    for suffix, values in scaled.items():
+        row[f"nll{suffix}"] = negative_log_likelihood(values, labels)
+        row[f"ece{suffix}"] = expected_calibration_error(values, labels)
+    row = {key: round(value, 6) for key, value in row.items()}
+    right = logits.argmax(1) == labels
+    return row | {"right": f"{int('1' + ''.join('01'[int(r)] for r in right), 2):x}"}
+
+
+class SuiteScore(NamedTuple):
+    """A mean over tasks with its 95 % bootstrap interval, and over how many seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n_seeds: int
+
+
+def right_images(row: dict) -> Tensor:
+    """Which test images a row of results got right: booleans (N,)."""
+    return torch.tensor([bit == "1" for bit in f"{int(row['right'], 16):b}"[1:]])
+
+
+def _outcomes(results: dict, model: str, method: str, examples, tasks: Sequence[str]) -> dict[str, dict] | None:
+    """For each task, seed -> which images were right; None if a task is missing."""
+    found: dict[str, dict[int, Tensor]] = {task: {} for task in tasks}
+    for row in results["rows"]:
+        if (row["model"], row["method"], row["examples"]) == (model, method, examples) and row["task"] in found:
+            found[row["task"]][row["seed"]] = right_images(row).double()
+    return found if all(found.values()) else None
+
+
+def _mean_over_tasks(tables: Sequence[Tensor], n_resamples: int = 2_000) -> SuiteScore:
+    """The mean over tasks of the mean of each table (seeds, images), and its interval."""
+    generator = torch.Generator().manual_seed(0)
+    resampled = torch.stack([_resampled_means(table, n_resamples, generator) for table in tables]).mean(0)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    mean = sum(table.mean().item() for table in tables) / len(tables)
+    return SuiteScore(mean, low, high, min(len(table) for table in tables))
+
+
+def _suite_parts(suite: str) -> dict[str, list[str]]:
+    groups = suite_tasks(suite)
+    return {"mean": list(groups), **{g: [t for t in groups if groups[t] == g] for g in dict.fromkeys(groups.values())}}
+
+
+def suite_scores(results: dict, model: str, method: str, examples: int | str = "all") -> dict[str, SuiteScore | None]:
+    """The score over all tasks ("mean") and over each group; None where a task is missing.
+
+    The interval draws seeds and test images again, within each task; the tasks stay. Windows cut from one
+    photograph overlap, so that for those tasks images are not independent and the interval is too narrow.
+    """
+    parts = {}
+    for part, tasks in _suite_parts(results["suite"]).items():
+        found = _outcomes(results, model, method, examples, tasks)
+        parts[part] = found and _mean_over_tasks([torch.stack(list(found[task].values())) for task in tasks])
+    return parts
+
+
+def suite_difference(
+    results: dict, first: tuple[str, str], second: tuple[str, str], examples: int | str = "all"
+) -> dict[str, SuiteScore | None]:
+    """How much better the first (model, method) is than the second, over all tasks and over each group.
+
+    Paired: the same images, and the seeds that both have. None where one of the two misses a task.
+    """
+    parts = {}
+    for part, tasks in _suite_parts(results["suite"]).items():
+        pair = [_outcomes(results, *side, examples, tasks) for side in (first, second)]
+        seeds = {} if None in pair else {task: sorted(pair[0][task].keys() & pair[1][task].keys()) for task in tasks}
+        parts[part] = None
+        if seeds and all(seeds.values()):
+            gains = [torch.stack([pair[0][task][seed] - pair[1][task][seed] for seed in seeds[task]]) for task in tasks]
+            parts[part] = _mean_over_tasks(gains)
+    return parts
+
+
+def suite_summary(results: dict) -> list[dict]:
+    """For each model, method and setting: mean accuracy on each task, the scores with intervals, what is missing."""
+    groups, summary = suite_tasks(results["suite"]), []
+    for model, method, examples in dict.fromkeys((r["model"], r["method"], r["examples"]) for r in results["rows"]):
+        own = [r for r in results["rows"] if (r["model"], r["method"], r["examples"]) == (model, method, examples)]
+        tasks = {task: [r["top1"] for r in own if r["task"] == task] for task in groups}
+        scores = suite_scores(results, model, method, examples)
+        summary.append(
+            {
+                "model": model,
+                "method": method,
+                "examples": examples,
+                "tasks": {task: round(sum(values) / len(values), 4) for task, values in tasks.items() if values},
+                "missing": [task for task, values in tasks.items() if not values],
+                "scores": {
+                    part: None if score is None else [round(value, 4) for value in score[:3]] + [score.n_seeds]
+                    for part, score in scores.items()
+                },
+            }
+        )
+    return summary
+
+
+def suite_table(results: dict, examples: int | str = "all") -> str:
+    """The scores of one setting as text, in per cent, with intervals; and what is missing."""
+    lines = [f"{results['suite']}, {examples} training examples a task; top-1, %"]
+    parts = list(_suite_parts(results["suite"]))
+    lines.append(f"{'':24s}{'mean (95 % interval)':24s}" + "".join(f"{part:>13s}" for part in parts[1:]))
+    for entry in results.get("summary") or suite_summary(results):
+        if entry["examples"] != examples:
+            continue
+        name = entry["method"] if entry["model"] == "scratch" else f"{entry['model']} {entry['method']}"
+        scores = [entry["scores"][part] for part in parts]
+        whole = "-" if scores[0] is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in scores[0][:3]))
+        lines.append(
+            f"{name:24s}{whole:24s}" + "".join(f"{'-' if s is None else f'{100 * s[0]:.1f}':>13s}" for s in scores[1:])
+        )
+        if entry["missing"]:
+            lines.append(f"  not run: {', '.join(entry['missing'])}")
+    for task, reason in results["failed"].items():
+        lines.append(f"  could not be loaded: {task}: {reason}")
+    return "\n".join(lines)
+
+
+def write_predictions(path: str | Path, task: str, classes: Sequence[str], predicted: Tensor, labels: Tensor) -> None:
+    """Write what was predicted for each test image of a task, and what is true, as JSON."""
+    if predicted.shape != labels.shape or predicted.ndim != 1:
+        raise ValueError(f"{tuple(predicted.shape)} predictions do not fit {tuple(labels.shape)} labels")
+    about = {"task": task, "classes": list(map(str, classes))}
+    _write_json(Path(path), about | {"predicted": predicted.tolist(), "labels": labels.tolist()})
+
+
+def score_predictions(path: str | Path) -> dict:
+    """Score a file that `write_predictions` wrote: task, n, top1, its Wilson interval, mean_per_class.
+
+    Raises ValueError if the file is not such a file, or holds a class that the task does not have.
+    """
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        predicted, labels, classes = held["predicted"], held["labels"], held["classes"]
+        whole = len(predicted) == len(labels) > 0 and all(type(v) is int for v in predicted + labels)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no file of predictions: {error!r}") from error
+    if not whole:
+        raise ValueError(f"{path} must hold as many predictions as labels, as whole numbers, and at least one")
+    wrong = [v for v in predicted + labels if not 0 <= v < len(classes)]
+    if wrong:
+        raise ValueError(f"{path} holds class {wrong[0]}, but the task has {len(classes)}")
+    logits, truth = F.one_hot(torch.tensor(predicted), len(classes)).float(), torch.tensor(labels)
+    hits = int((logits.argmax(1) == truth).sum())
+    return {
+        "task": held["task"],
+        "n": len(labels),
+        "top1": hits / len(labels),
+        "top1_interval": wilson_interval(hits, len(labels)),
+        "mean_per_class": mean_per_class_accuracy(logits, truth),
+    }
+
+
+def suite_plot(results: dict, examples: int | str = "all") -> None:
+    """Draw the scores of one setting with their intervals on matplotlib's current axes: a row for each mean."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib; install it with: pip install "bitlib[book]"') from error
+    summary = results.get("summary") or suite_summary(results)
+    whole = [entry for entry in summary if entry["examples"] == examples and not entry["missing"]]
+    parts = list(_suite_parts(results["suite"]))[::-1]
+    for i, entry in enumerate(whole):
+        label = entry["method"] if entry["model"] == "scratch" else f"{entry['model']} {entry['method']}"
+        middle, low, high = ([100 * entry["scores"][part][k] for part in parts] for k in range(3))
+        place = [row + 0.7 * (0.5 - (i + 1) / (len(whole) + 1)) for row in range(len(parts))]
+        ends = [[m - b for m, b in zip(middle, low, strict=True)], [t - m for m, t in zip(middle, high, strict=True)]]
+        plt.errorbar(middle, place, xerr=ends, fmt="osD^vPX*<>"[i % 10], markersize=5, label=label)
+    plt.yticks(range(len(parts)), parts)
+    plt.xlabel(f"top-1 accuracy with {examples} training examples a task, %")
+    plt.legend(fontsize=7)
+
+
+CORRUPTIONS = {
+    "noise": (8.0, 16.0, 24.0, 40.0, 64.0),  # standard deviation, in grey levels of 255
+    "blur": (0.5, 1.0, 1.5, 2.0, 3.0),  # standard deviation of the Gaussian, in pixels
+    "contrast": (0.7, 0.5, 0.3, 0.2, 0.1),  # the share of each pixel's distance from the image's mean that is left
+    "jpeg": (50, 30, 20, 10, 5),  # quality
+}
+
+
+def corrupt(images: Tensor, kind: str, strength: int, seed: int = 0) -> Tensor:
+    """Spoil uint8 images (N, 3, H, W): "noise", "blur", "contrast" or "jpeg", strength 1 to 5, or 0 for none.
+
+    What each strength means stands in CORRUPTIONS. Raises ValueError for another kind or strength.
+    """
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"no corruption {kind!r}; there are {', '.join(CORRUPTIONS)}")
+    if strength not in range(6):
+        raise ValueError(f"strength must be a whole number from 0 to 5; got {strength!r}")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 (N, 3, H, W); got {images.dtype} {tuple(images.shape)}")
+    if strength == 0:
+        return images
+    amount = CORRUPTIONS[kind][strength - 1]
+    if kind == "jpeg":
+        return torch.stack([_jpeg(image, amount) for image in images])
+    x = images.float()
+    if kind == "noise":
+        x = x + amount * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    elif kind == "contrast":
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        x = mean + amount * (x - mean)
+    else:
+        reach = min(math.ceil(3 * amount), min(x.shape[-2:]) - 1)
+        weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / amount) ** 2)
+        weights = (weights / weights.sum()).expand(3, 1, 1, -1)
+        x = F.conv2d(F.pad(x, (reach,) * 4, mode="reflect"), weights, groups=3)
+        x = F.conv2d(x, weights.transpose(2, 3), groups=3)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def _jpeg(image: Tensor, quality: int) -> Tensor:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    return _to_tensor(Image.open(file, formats=["JPEG"]))
+
+
+def on_photographs(
+    images: Tensor,
+    photographs: Sequence[str] = ("brick", "coffee", "grass", "gravel"),
+    share: float = 0.6,
+    seed: int = 0,
+) -> Tensor:
+    """Light ink on black, uint8 (N, 3, S, S), over windows of downstream photographs in place of the black.
+
+    share: how bright the photographs are; 0 gives the images back. The windows are of the blocks for testing.
+    """
+    background = torch.zeros_like(images)
+    side = images.shape[-1]
+    for i, name in enumerate(photographs):
+        pixels = _to_tensor(Image.open(package_file(*DOWNSTREAM_PHOTOGRAPHS[name])))
+        own = torch.arange(i, len(images), len(photographs))
+        windows = photograph_windows(name, "test", len(own), 32, 64, stream=f"background {seed}")
+        for j, (top, left, size) in zip(own.tolist(), windows.tolist(), strict=True):
+            background[j] = _resize(pixels[:, top : top + size, left : left + size], side)
+    ink = images.float() / 255
+    return (images + share * (1 - ink) * background).round().to(torch.uint8)
+
+
+def robustness(model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> dict[str, list[float]]:
+    """Top-1 at strengths 0 (clean) to 5 of each of CORRUPTIONS, for uint8 images (N, 3, H, W)."""
+    clean = topk_accuracy(*predict_logits(model, ImageTensorDataset(images, labels)))
+    spoilt = {
+        kind: [ImageTensorDataset(corrupt(images, kind, strength, seed), labels) for strength in range(1, 6)]
+        for kind in CORRUPTIONS
+    }
+    return {kind: [clean, *(topk_accuracy(*predict_logits(model, d)) for d in sets)] for kind, sets in spoilt.items()}
+
+
+VTAB_1K = {  # group, name in TensorFlow Datasets, classes, test split, augmentations that are left out
+    "caltech101": ("natural", "caltech101", 102, "test", ""),
+    "cifar100": ("natural", "cifar100", 100, "test", ""),
+    "dtd": ("natural", "dtd", 47, "test", ""),
+    "oxford_flowers102": ("natural", "oxford_flowers102", 102, "test", ""),
+    "oxford_iiit_pet": ("natural", "oxford_iiit_pet", 37, "test", ""),
+    "sun397": ("natural", "sun397/tfds", 397, "test", ""),
+    "svhn": ("natural", "svhn_cropped", 10, "test", ""),
+    "patch_camelyon": ("specialized", "patch_camelyon", 2, "test", ""),
+    "eurosat": ("specialized", "eurosat/rgb", 10, "train[80%:]", ""),
+    "resisc45": ("specialized", "resisc45", 45, "train[80%:]", ""),
+    "diabetic_retinopathy": ("specialized", "diabetic_retinopathy_detection/btgraham-300", 5, "test", ""),
+    "clevr_count": ("structured", "clevr", 8, "validation", "crop"),
+    "clevr_distance": ("structured", "clevr", 6, "validation", "crop"),
+    "dmlab": ("structured", "dmlab", 6, "test", "crop"),
+    "kitti_distance": ("structured", "kitti", 4, "test", "crop"),
+    "dsprites_location": ("structured", "dsprites", 16, "train[90%:]", "flip crop"),
+    "dsprites_orientation": ("structured", "dsprites", 16, "train[90%:]", "flip"),
+    "smallnorb_azimuth": ("structured", "smallnorb", 18, "test[50%:]", "flip"),
+    "smallnorb_elevation": ("structured", "smallnorb", 9, "test[50%:]", ""),
+}
+CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)
+KITTI_DISTANCES = (8.0, 20.0, 999.0)  # in metres; beyond the last, there is no vehicle
+
+
+def vtab_label(task: str, example: dict) -> int:
+    """The label of an example of TensorFlow Datasets in one of VTAB's tasks, as the benchmark derives it."""
+    if task == "clevr_count":
+        return len(example["objects"]["size"]) - 3
+    if task == "clevr_distance":
+        nearest = min(float(point[2]) for point in example["objects"]["pixel_coords"])
+        return sum(nearest > edge for edge in CLEVR_DISTANCES)
+    if task == "kitti_distance":
+        objects = zip(example["objects"]["type"], example["objects"]["location"], strict=True)
+        nearest = min((float(place[2]) for kind, place in objects if kind < 3), default=1000.0)  # car, van, truck
+        return sum(nearest > edge for edge in KITTI_DISTANCES)
+    if task == "dsprites_location":
+        return int(example["label_x_position"]) * 16 // 32
+    if task == "dsprites_orientation":
+        return int(example["label_orientation"]) * 16 // 40
+    if task.startswith("smallnorb_"):
+        return int(example["label_" + task.removeprefix("smallnorb_")])
+    return int(example["label"])
+
+
+class VtabImages(Dataset):
+    """A data source of TensorFlow Datasets as (uint8 (3, H, W), class index)."""
+
+    def __init__(self, source: Sequence[dict], task: str):
+        self.source, self.task, self.n_classes = source, task, VTAB_1K[task][2]
+        self._labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        example = self.source[index]
+        pixels = torch.from_numpy(example["image"].copy()).permute(2, 0, 1)
+        if self.task.startswith("dsprites_"):
+            pixels = pixels * 255  # stored as 0 and 1
+        return _to_tensor(pixels), self._label(index, example)
+
+    def _label(self, index: int, example: dict) -> int:
+        label = vtab_label(self.task, example)
+        if not 0 <= label < self.n_classes:
+            raise ValueError(f"example {index} of {self.task} has label {label}, outside its {self.n_classes} classes")
+        return label
+
+    @property
+    def labels(self) -> Tensor:
+        """All labels, long (N,); read once."""
+        if self._labels is None:
+            self._labels = torch.tensor([self._label(i, self.source[i]) for i in range(len(self))])
+        return self._labels
+
+
+@dataclass(frozen=True)
+class VtabTask(Task):
+    """A task of VTAB-1k: 1,000 training images, of which the first 800 are to train on and 200 to choose with."""
+
+    @property
+    def chance(self) -> float:
+        """One over the number of classes; to know the most frequent one would mean to read the whole test set."""
+        return 1 / len(self.classes)
+
+    def train_val(self) -> tuple[Dataset, Dataset]:
+        """train[:800] and train[800:1000]."""
+        return Subset(self.train, range(800)), Subset(self.train, range(800, 1000))
+
+
+def load_vtab_task(name: str, data_dir: str | Path | None = None, download: bool = True) -> VtabTask:
+    """Load one of VTAB-1k's nineteen tasks through TensorFlow Datasets, without TensorFlow.
+
+    data_dir: where its files are or shall be, ~/tensorflow_datasets unless given. If they are not there, and with
+    `download`, it tries to download and prepare them, for which most of these data sets need TensorFlow.
+
+    Raises ValueError for an unknown name, ImportError if the extra `vtab` is not installed, FileNotFoundError
+    for files that must be fetched by hand, saying which and where to put them, and RuntimeError with the reason
+    for anything else that goes wrong in loading.
+    """
+    if name not in VTAB_1K:
+        raise ValueError(f"no task {name!r} in vtab-1k; there are {', '.join(VTAB_1K)}")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(f'{name} needs TensorFlow Datasets; pip install "bitlib[vtab]" ({error})') from error
+    group, dataset, n_classes, test_split, left_out = VTAB_1K[name]
+    builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+
+    def images(split: str) -> VtabImages:
+        source = tfds.data_source(
+            dataset, split=split, data_dir=data_dir, download=download, builder_kwargs={"file_format": "array_record"}
+        )
+        return VtabImages(source, name)
+
+    try:
+        train, test = images("train[:1000]"), images(test_split)
+    except (Exception, SystemExit) as error:
+        by_hand = (builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").strip()
+        if by_hand:
+            folder = Path(builder.data_dir).parents[builder.info.full_name.count("/")] / "downloads" / "manual"
+            raise FileNotFoundError(
+                f"{name} must be downloaded by hand. {' '.join(by_hand.split())} Put it into the folder {folder}"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        if getattr(error, "name", None) == "tensorflow" or "No module named 'tensorflow'" in str(error):
+            reason = (
+                "its files are not there yet, and TensorFlow Datasets prepares them with TensorFlow. Do that once, "
+                f"on any machine that has it: `tfds build {dataset} --file_format=array_record`; "
+                "then give the folder as data_dir"
+            )
+        raise RuntimeError(f"{name} ({dataset}) could not be loaded: {reason}") from error
+    if len(train) != 1000:
+        raise RuntimeError(f"{name} must have 1,000 training images; this copy of {dataset} has {len(train)}")
+    return VtabTask(
+        name=name,
+        train=train,
+        test=test,
+        classes=tuple(map(str, range(n_classes))),
+        description=" ".join((builder.info.description or dataset).split())[:200],
+        source=f"TensorFlow Datasets, {dataset}; test set {test_split}",
+        licence="the data set's own",
+        group=group,
+        flip="flip" not in left_out,
+        crop="crop" not in left_out,
+    )

@@ -371,6 +371,27 @@ def test_a_fitted_head_makes_the_network_the_same_classifier(tiny, digits):
     assert topk_accuracy(classifier(features), labels) > 0.8  # it has seen these
 
 
+def test_the_search_for_a_strength_stops_early_but_not_too_early():
+    from bitlib.evaluate import _STRENGTHS, _choose_strength
+
+    tried = []
+
+    def search(losses, patience):
+        tried.clear()
+
+        def fit(features, labels, strength):
+            tried.append(strength)
+            return lambda _: torch.tensor(losses[strength])
+
+        data = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+        return _choose_strength(fit, lambda score, _: score, *data, data, 0, patience)
+
+    losses = dict(zip(reversed(_STRENGTHS), [5.0, 4.0, 3.0, 3.5, 3.2, 9.0, 1.0], strict=True))
+    assert search(losses, 7) == 1e-6 and len(tried) == 7  # all of them
+    assert search(losses, 2) == 1e-2 and tried == [1.0, 1e-1, 1e-2, 1e-3, 1e-4]
+    assert search(dict.fromkeys(_STRENGTHS, 1.0), 2) == 1e-6  # of equals the weakest
+
+
 def test_few_shot_accuracy_is_the_mean_over_its_episodes():
     train, test = problem(90, 20, 3), problem(300, 20, 3)
     result = few_shot_accuracy(train, test, 5, seeds=(3, 7))
