@@ -33,6 +33,8 @@ if "google.colab" in sys.modules:
     get_ipython().run_line_magic("pip", 'install -q "bitlib[book] @ git+https://github.com/OWNER/REPOSITORY"')
 
 # %%
+import tempfile
+
 import matplotlib.pyplot as plt
 
 from bitlib.checkpoints import load_pretrained
@@ -704,7 +706,7 @@ plt.show()
 #
 # With a validation set, `finetune` tries the model ten times during the run and keeps the weights that did
 # best; among equals in accuracy the lower loss decides, because on a small set ties are the rule. BiT itself
-# keeps the last weights: the rate is so small by then that they hardly differ. Selection pays where a run
+# keeps the last weights (`keep="last"`): the rate is so small by then that they hardly differ. Selection pays where a run
 # over-fits or is unstable. It has a price: the accuracy of the *kept* checkpoint on the *validation* set is
 # the best of ten and therefore too good. Report the test set's.
 
@@ -743,6 +745,40 @@ print("largest difference below 1e-6:", difference < 1e-6)
 torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 # %% [markdown]
+# ## Stopped, and started again
+#
+# Fine-tuning shares the loop of pre-training, so with a `run_dir` it shares what that loop can do. Here a run
+# saves every second step, and its seventh step never comes: the network raises an error in the middle of it,
+# as a power cut would. We call `finetune` again with the same arguments. What must the result be equal to?
+
+
+# %%
+def power_cut(module, inputs):
+    """Fails at the seventh pass in training."""
+    module.passes = getattr(module, "passes", 0) + module.training
+    if module.passes == 7:
+        raise RuntimeError("the light went out")
+
+
+ten = dataclasses.replace(plain, steps=10, decay_steps=(3, 6, 9), mixup_alpha=0.1)
+with tempfile.TemporaryDirectory() as run_dir:
+    doomed = copy.deepcopy(small)
+    doomed.register_forward_pre_hook(power_cut)
+    try:
+        finetune(doomed, few, ten, seed=4, run_dir=run_dir, save_every=2, progress=False)
+    except RuntimeError as error:
+        print(f"{error}; left in the folder: {sorted(os.listdir(run_dir))}")
+    resumed = finetune(small, few, ten, seed=4, run_dir=run_dir, save_every=2, progress=False)
+whole = finetune(small, few, ten, seed=4)
+same = all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+print("equal to the last bit to the run that was never stopped:", same)
+assert same and resumed.history.loss == whole.history.loss
+
+# %% [markdown]
+# Equal to the last bit, MixUp's draws included, because batch, crop, flip and $\lambda$ are functions of the seed
+# and the step. A folder also refuses to go on with another rule, another seed, another network or other images: it
+# names the difference.
+#
 # ## Where sources disagree
 #
 # ```{admonition} Where sources disagree
