@@ -777,6 +777,7 @@ def _open_run(out: Path, settings: dict, command: str) -> dict:
         about = json.loads(path.read_text(encoding="utf-8"))
         old, new = about["settings"], json.loads(json.dumps(settings))
         differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        differ = [key for key in differ if key != "rule"] or differ  # the rule follows from the others
         if differ:
             said = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ)
             raise DataError(f"{out} holds another run: {said}. Give another --out, or the same command")
