@@ -9,6 +9,7 @@
 - hyperrule: The BiT-HyperRule, data set size and image size in, every hyper-parameter out; and MixUp.
 - finetune: Fine-tuning: a head of zeros, few-shot sampling, a leakage check, the downstream loop.
 - evaluate: Accuracy, calibration, intervals, paired tests, protocols and few-shot evaluation.
+- cli: Your own images: a folder of pictures in, a classifier and a report out, from the command line.
 
 Written by tools/export.py from the chapters: edit those, not this package.
 """

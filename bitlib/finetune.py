@@ -20,8 +20,10 @@ import copy
 import dataclasses
 import hashlib
 import operator
+import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,6 +169,7 @@ class _Images:
 
     def __init__(self, dataset: Dataset, size: int):
         self.dataset, self.size, self.kept = dataset, size, None
+        self.pool = ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1)))  # Pillow decodes in parallel
         if len(dataset) * 3 * size * size <= CACHE_BYTES:
             self.kept = self._decode(range(len(dataset)))
         self.labels = self.kept[1] if self.kept is not None else labels_of(dataset)
@@ -181,10 +184,14 @@ class _Images:
         return self.kept[0][indices], self.kept[1][indices]
 
     def _decode(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pairs = [_example(self.dataset, i) for i in indices]
-        return torch.stack([resize(image, self.size) for image, _ in pairs]), torch.tensor(
-            [label for _, label in pairs]
-        )
+        """These examples, decoded and resized by several threads; the order is that of the indices."""
+
+        def square(index: int) -> tuple[Tensor, int]:
+            image, label = _example(self.dataset, index)
+            return resize(image, self.size), label
+
+        images, labels = zip(*self.pool.map(square, indices), strict=True)
+        return torch.stack(images), torch.tensor(labels)
 
 
 def _example(dataset: Dataset, index: int) -> tuple[Tensor, int]:
@@ -278,6 +285,7 @@ def finetune(
     trainable: str = "full",
     progress: bool | None = None,
     *,
+    keep: str = "best",
     num_classes: int | None = None,
     head: nn.Module | None = None,
     eval_every: int | None = None,
@@ -288,8 +296,9 @@ def finetune(
 
     rule: the BiT-HyperRule for this data set and this model by default. Images are resized, cropped, flipped
         and normalised as it says; the caller does none of that.
-    val_set: every `eval_every` steps (a tenth of the run by default) the model is tried on it; the weights
-        with the best top-1, among equals the lower loss, are the result. Without it, the last weights are.
+    val_set: every `eval_every` steps (a tenth of the run by default) the model is tried on it.
+    keep: "best" gives the weights that were best on val_set (top-1, among equals the lower loss); "last", or no
+        val_set, gives those of the last step, as BiT does.
     run_dir: a folder that makes the run safe to interrupt; the same call goes on, to the same bits.
     trainable: "full" (BiT), "head", or "last1", "last2", "last3" for the last stages, final norm and head.
     num_classes: taken from the data set's `classes` or labels by default.
@@ -303,6 +312,8 @@ def finetune(
         raise TypeError(f"model must be a network of this book (a ResNetV2), not {type(model).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}")
+    if keep not in ("best", "last"):
+        raise ValueError(f'keep must be "best" or "last", not {keep!r}')
     n = _checked_length(train_set, "the training set")
     if rule is None:
         rule = hyperrule(n, _typical_size(train_set), model=model)
@@ -351,7 +362,7 @@ def finetune(
 
     digest = 0
     if run_dir is not None:  # the same call must mean the same start and the same data
-        for tensor in [*tuned.state_dict().values(), *(images.kept or ())]:
+        for tensor in [*tuned.state_dict().values(), *(images.kept or (images.labels,))]:
             digest = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), digest)
     config = {
         **dataclasses.asdict(rule),
@@ -361,6 +372,7 @@ def finetune(
         "n_examples": n,
         "start and data": digest,
         "validation images": 0 if val_set is None else len(val_set),
+        "keep": keep if val_set is not None else "last",
     }
     history = train(
         tuned,
@@ -377,7 +389,7 @@ def finetune(
         save_every=save_every,
         eval_fn=eval_fn,
         eval_every=eval_every or max(1, rule.steps // 10),
-        keep_best="score" if val_set is not None else None,
+        keep_best="score" if val_set is not None and keep == "best" else None,
         progress=progress,
     )
     return FinetuneResult(tuned.eval(), rule, history, classes, trainable, seed)

@@ -90,6 +90,12 @@ class Rule:
         batch_size = _positive_int(batch_size, "batch_size")
         return replace(self, batch_size=batch_size, base_lr=self.base_lr * batch_size / self.batch_size)
 
+    def with_steps(self, steps: int) -> "Rule":
+        """The same rule for another number of steps: warm-up and decays come at the same shares of the run."""
+        steps = _positive_int(steps, "steps")
+        decays = tuple(max(1, step * steps // self.steps) for step in self.decay_steps)
+        return replace(self, steps=steps, warmup_steps=self.warmup_steps * steps // self.steps, decay_steps=decays)
+
     def for_mini(self) -> "Rule":
         """The same rule for a net narrower than x1 that was pre-trained at 64x64, on a small machine."""
         return replace(self, resize=MINI_RESIZE, crop=MINI_CROP, batch_size=MINI_BATCH_SIZE, base_lr=MINI_BASE_LR)

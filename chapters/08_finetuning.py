@@ -33,6 +33,8 @@ if "google.colab" in sys.modules:
     get_ipython().run_line_magic("pip", 'install -q "bitlib[book] @ git+https://github.com/OWNER/REPOSITORY"')
 
 # %%
+import tempfile
+
 import matplotlib.pyplot as plt
 
 from bitlib.checkpoints import load_pretrained
@@ -46,8 +48,10 @@ import copy
 import dataclasses
 import hashlib
 import operator
+import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -402,6 +406,7 @@ class _Images:
 
     def __init__(self, dataset: Dataset, size: int):
         self.dataset, self.size, self.kept = dataset, size, None
+        self.pool = ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1)))  # Pillow decodes in parallel
         if len(dataset) * 3 * size * size <= CACHE_BYTES:
             self.kept = self._decode(range(len(dataset)))
         self.labels = self.kept[1] if self.kept is not None else labels_of(dataset)
@@ -416,10 +421,14 @@ class _Images:
         return self.kept[0][indices], self.kept[1][indices]
 
     def _decode(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pairs = [_example(self.dataset, i) for i in indices]
-        return torch.stack([resize(image, self.size) for image, _ in pairs]), torch.tensor(
-            [label for _, label in pairs]
-        )
+        """These examples, decoded and resized by several threads; the order is that of the indices."""
+
+        def square(index: int) -> tuple[Tensor, int]:
+            image, label = _example(self.dataset, index)
+            return resize(image, self.size), label
+
+        images, labels = zip(*self.pool.map(square, indices), strict=True)
+        return torch.stack(images), torch.tensor(labels)
 
 
 def _example(dataset: Dataset, index: int) -> tuple[Tensor, int]:
@@ -514,6 +523,7 @@ def finetune(
     trainable: str = "full",
     progress: bool | None = None,
     *,
+    keep: str = "best",
     num_classes: int | None = None,
     head: nn.Module | None = None,
     eval_every: int | None = None,
@@ -524,8 +534,9 @@ def finetune(
 
     rule: the BiT-HyperRule for this data set and this model by default. Images are resized, cropped, flipped
         and normalised as it says; the caller does none of that.
-    val_set: every `eval_every` steps (a tenth of the run by default) the model is tried on it; the weights
-        with the best top-1, among equals the lower loss, are the result. Without it, the last weights are.
+    val_set: every `eval_every` steps (a tenth of the run by default) the model is tried on it.
+    keep: "best" gives the weights that were best on val_set (top-1, among equals the lower loss); "last", or no
+        val_set, gives those of the last step, as BiT does.
     run_dir: a folder that makes the run safe to interrupt; the same call goes on, to the same bits.
     trainable: "full" (BiT), "head", or "last1", "last2", "last3" for the last stages, final norm and head.
     num_classes: taken from the data set's `classes` or labels by default.
@@ -539,6 +550,8 @@ def finetune(
         raise TypeError(f"model must be a network of this book (a ResNetV2), not {type(model).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}")
+    if keep not in ("best", "last"):
+        raise ValueError(f'keep must be "best" or "last", not {keep!r}')
     n = _checked_length(train_set, "the training set")
     if rule is None:
         rule = hyperrule(n, _typical_size(train_set), model=model)
@@ -587,7 +600,7 @@ def finetune(
 
     digest = 0
     if run_dir is not None:  # the same call must mean the same start and the same data
-        for tensor in [*tuned.state_dict().values(), *(images.kept or ())]:
+        for tensor in [*tuned.state_dict().values(), *(images.kept or (images.labels,))]:
             digest = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), digest)
     config = {
         **dataclasses.asdict(rule),
@@ -597,6 +610,7 @@ def finetune(
         "n_examples": n,
         "start and data": digest,
         "validation images": 0 if val_set is None else len(val_set),
+        "keep": keep if val_set is not None else "last",
     }
     history = train(
         tuned,
@@ -613,7 +627,7 @@ def finetune(
         save_every=save_every,
         eval_fn=eval_fn,
         eval_every=eval_every or max(1, rule.steps // 10),
-        keep_best="score" if val_set is not None else None,
+        keep_best="score" if val_set is not None and keep == "best" else None,
         progress=progress,
     )
     return FinetuneResult(tuned.eval(), rule, history, classes, trainable, seed)
@@ -692,7 +706,7 @@ plt.show()
 #
 # With a validation set, `finetune` tries the model ten times during the run and keeps the weights that did
 # best; among equals in accuracy the lower loss decides, because on a small set ties are the rule. BiT itself
-# keeps the last weights: the rate is so small by then that they hardly differ. Selection pays where a run
+# keeps the last weights (`keep="last"`): the rate is so small by then that they hardly differ. Selection pays where a run
 # over-fits or is unstable. It has a price: the accuracy of the *kept* checkpoint on the *validation* set is
 # the best of ten and therefore too good. Report the test set's.
 
@@ -731,6 +745,40 @@ print("largest difference below 1e-6:", difference < 1e-6)
 torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 # %% [markdown]
+# ## Stopped, and started again
+#
+# Fine-tuning shares the loop of pre-training, so with a `run_dir` it shares what that loop can do. Here a run
+# saves every second step, and its seventh step never comes: the network raises an error in the middle of it,
+# as a power cut would. We call `finetune` again with the same arguments. What must the result be equal to?
+
+
+# %%
+def power_cut(module, inputs):
+    """Fails at the seventh pass in training."""
+    module.passes = getattr(module, "passes", 0) + module.training
+    if module.passes == 7:
+        raise RuntimeError("the light went out")
+
+
+ten = dataclasses.replace(plain, steps=10, decay_steps=(3, 6, 9), mixup_alpha=0.1)
+with tempfile.TemporaryDirectory() as run_dir:
+    doomed = copy.deepcopy(small)
+    doomed.register_forward_pre_hook(power_cut)
+    try:
+        finetune(doomed, few, ten, seed=4, run_dir=run_dir, save_every=2, progress=False)
+    except RuntimeError as error:
+        print(f"{error}; left in the folder: {sorted(os.listdir(run_dir))}")
+    resumed = finetune(small, few, ten, seed=4, run_dir=run_dir, save_every=2, progress=False)
+whole = finetune(small, few, ten, seed=4)
+same = all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+print("equal to the last bit to the run that was never stopped:", same)
+assert same and resumed.history.loss == whole.history.loss
+
+# %% [markdown]
+# Equal to the last bit, MixUp's draws included, because batch, crop, flip and $\lambda$ are functions of the seed
+# and the step. A folder also refuses to go on with another rule, another seed, another network or other images: it
+# names the difference.
+#
 # ## Where sources disagree
 #
 # ```{admonition} Where sources disagree

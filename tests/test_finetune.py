@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 
@@ -331,6 +332,21 @@ def test_images_that_do_not_fit_into_memory_give_the_same_run(net, monkeypatch):
     assert torch.equal(weights(kept.model), weights(decoded.model))
 
 
+def test_images_are_decoded_by_several_threads(net):
+    class Together(Pairs):
+        """Gives an example only while another one is being asked for."""
+
+        barrier = threading.Barrier(2, timeout=60)
+
+        def __getitem__(self, index):
+            self.barrier.wait()
+            return super().__getitem__(index)
+
+    data = colours()
+    images = module._Images(Together([data[i] for i in range(len(data))]), 16)
+    assert torch.equal(images.kept[0], data.images) and torch.equal(images.kept[1], data.labels)
+
+
 def test_pil_images_and_tensors_of_any_size_are_taken(net):
     data = colours()
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in data.images]
@@ -389,6 +405,18 @@ def test_an_earlier_checkpoint_can_win(net):
     assert result.history.best["step"] < 20
     images = module._Images(wrong, RULE.crop)
     assert module._validate(result.model, images)["top1"] >= result.history.evals[-1]["top1"]
+
+
+def test_the_last_weights_can_be_kept(net):
+    wrong = colours(seed=4)
+    wrong.labels = (wrong.labels + 1) % 3
+    rule = dataclasses.replace(RULE, steps=20, decay_steps=())
+    best, last = (finetune(net, colours(), rule, val_set=wrong, eval_every=1, keep=k) for k in ("best", "last"))
+    assert last.history.best is None and len(last.history.evals) == 20 and "kept" not in repr(last)
+    assert torch.equal(weights(last.model), weights(finetune(net, colours(), rule).model))
+    assert not torch.equal(weights(last.model), weights(best.model))
+    with pytest.raises(ValueError, match="keep must be"):
+        finetune(net, colours(), RULE, keep="first")
 
 
 def test_score_orders_by_accuracy_then_loss():

@@ -334,3 +334,23 @@ def test_checkers_accept_and_refuse(capsys):
     for check in (check_small_lr, check_path_length, check_mixup_loss):
         with pytest.raises(AssertionError, match="returned nothing"):
             check(lambda *args: None)
+
+
+# ---------------------------------------------------------------- another number of steps
+
+
+@pytest.mark.parametrize("variant", ["paper", "official", "simplified"])
+def test_with_steps_keeps_the_shares_of_the_run(variant):
+    rule = hyperrule(50_000, 32, variant=variant)
+    short = rule.with_steps(rule.steps // 10)
+    assert short == dataclasses.replace(
+        rule,
+        steps=rule.steps // 10,
+        warmup_steps=rule.warmup_steps // 10,
+        decay_steps=tuple(step // 10 for step in rule.decay_steps),
+    )
+    assert rule.with_steps(rule.steps) == rule
+    assert [short.lr(t) for t in range(short.steps)][-1] < rule.base_lr
+    assert min(rule.with_steps(1).decay_steps, default=1) == 1 and rule.with_steps(1).lr(0) >= 0
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1, not 0"):
+        rule.with_steps(0)

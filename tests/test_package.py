@@ -33,7 +33,7 @@ HEAVY = {
     "timm",
     "torchmetrics",
 }
-CORE = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm", "filelock", "bitlib"}
+CORE = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm", "filelock", "typer", "bitlib"}
 EXTRAS = {"matplotlib", "fontTools", "sklearn", "skimage", "timm", "torchmetrics"}
 
 

@@ -40,6 +40,7 @@ class Chapter:
     module: str | None  # the module of bitlib that it exports, or None
     summary: str
     entry: str | None  # the function that `python -m bitlib.<module>` calls
+    checks: str | None  # the module of bitlib.checks that its checkers go to: its module's name, or one of its own
     cells: tuple[Cell, ...]
 
     @property
@@ -82,7 +83,9 @@ def read_chapter(path: Path) -> Chapter:
         )
         for cell, line in zip(notebook.cells, lines, strict=True)
     )
-    return Chapter(path, header.get("module"), header.get("summary", ""), header.get("entry"), cells)
+    module = header.get("module")
+    checks = header.get("checks", module)
+    return Chapter(path, module, header.get("summary", ""), header.get("entry"), checks, cells)
 
 
 def read_chapters(root: Path = ROOT) -> list[Chapter]:

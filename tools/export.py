@@ -110,9 +110,14 @@ def package_files(root: Path = ROOT) -> dict[str, str]:
     for chapter in read_chapters(root):
         module = chapter.module
         if module is None:
-            for tag in ("export", "check"):
-                for cell in chapter.tagged(tag)[:1]:
-                    raise chapter.error(f"a cell is tagged `{tag}`, but the header names no module", cell.line)
+            for cell in chapter.tagged("export")[:1]:
+                raise chapter.error("a cell is tagged `export`, but the header names no module", cell.line)
+            for cell in chapter.tagged("check")[:1]:
+                if chapter.checks is None:
+                    raise chapter.error(
+                        "a cell is tagged `check`, but the header names no module; give it `checks: NAME`", cell.line
+                    )
+                files[f"checks/{chapter.checks}.py"] = module_source(chapter, "check", earlier, {})
             continue
         if f"{module}.py" in files:
             raise chapter.error(f"the module `{module}` is already exported by an earlier chapter", 1)
@@ -121,7 +126,7 @@ def package_files(root: Path = ROOT) -> dict[str, str]:
         files[f"{module}.py"] = module_source(chapter, "export", earlier, {})
         earlier = [*earlier, module]
         if chapter.tagged("check"):
-            files[f"checks/{module}.py"] = module_source(chapter, "check", earlier, {})
+            files[f"checks/{chapter.checks}.py"] = module_source(chapter, "check", earlier, {})
         listing.append(f"- {module}: {chapter.summary}")
     about = "Big Transfer (BiT) from scratch: the package that the book derives, one module a chapter, in their order."
     note = "Written by tools/export.py from the chapters: edit those, not this package."
