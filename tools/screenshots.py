@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 SITE = ROOT / "_build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
-PAGES = ("intro", "chapters/02_group_normalization", "chapters/03_weight_standardization", "pages/references")
+PAGES = ("intro", "chapters/02_group_normalization", "pages/disagreements", "pages/references")
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
