@@ -7,10 +7,10 @@ every public name it exports. A line `% generated: NAME` in a page of pages/ bec
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -83,7 +83,7 @@ class Quiz(SphinxDirective):
         right = next(choice for choice in entry["choices"] if choice.get("right"))
         found = [html(f'<form class="quiz"><fieldset><legend id="{name}"><span>Question {number}.</span> ')]
         found += [*self.inline(entry["question"]), html("</legend>")]
-        for index, choice in enumerate(entry["choices"]):
+        for index, choice in enumerate(sorted(entry["choices"], key=shuffled)):
             attributes = f'type="radio" name="{name}" id="{name}-{index}"' + (" data-right" * (choice is right))
             found += [html(f'<div class="quiz-choice"><input {attributes}><label for="{name}-{index}">')]
             found += [*self.inline(choice["text"]), html('</label><p class="quiz-why" hidden>')]
@@ -98,6 +98,11 @@ class Quiz(SphinxDirective):
     def inline(self, text: str) -> list[nodes.Node]:
         found, messages = self.state.inline_text(text, self.lineno)
         return [*found, *messages]
+
+
+def shuffled(choice: dict[str, Any]) -> str:
+    """A key that puts the choices into an order that says nothing of which is right, always the same."""
+    return hashlib.sha256(choice["why"].encode()).hexdigest()
 
 
 def html(text: str) -> nodes.raw:
@@ -161,7 +166,7 @@ def errata() -> str:
     """The errors that readers of a published version met, newest first."""
     found = [(entry, companion) for companion in read_companions() for entry in companion.errata]
     if not found:
-        return "None is known in version {} of the book.".format(version())
+        return f"None is known in version {version()} of the book."
     rows = []
     for entry, companion in sorted(found, key=lambda pair: pair[0].date, reverse=True):
         where = f"{{ref}}`the cell <{anchor(entry)}>` in {link(companion.chapter)}"
