@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import re
+import shutil
+import zlib
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,13 +27,21 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
+from vendor import available, folder
 
 MARK = re.compile(r"^% generated: ([\w-]+)$", re.M)
 STATUS = "data/results/status.json"
+DEMO = "pages/_static/demo"
+RUNTIME = "onnxruntime-web"
 
 
 def title(chapter: Chapter) -> str:
     return next(line.removeprefix("# ") for line in chapter.cells[0].source.splitlines() if line.startswith("# "))
+
+
+def definition(chapter: Chapter, name: str) -> str:
+    """The anchor of the cell that defines a name; a reference knows no capitals, so a class gets a mark of its own."""
+    return f"def-{chapter.module}-{name}".lower() + "-class" * (name != name.lower())
 
 
 def link(chapter: Chapter) -> str:
@@ -121,7 +133,6 @@ class CellAnchors(SphinxTransform):
         for name in (path, companion_path(path)):
             self.env.note_dependency(str(name))
         companion = read_companion(path)
-        labels = self.env.get_domain("std").data
         for cell in self.document.findall(nodes.container):
             if cell.get("nb_element") != "cell_code":
                 continue
@@ -129,17 +140,23 @@ class CellAnchors(SphinxTransform):
             for name, text in companion.shown.items():
                 if text in code:
                     cell["ids"].append(name)
-                    labels["anonlabels"][name] = self.env.docname, name
-                    labels["labels"][name] = self.env.docname, name, "the cell"
+                    self.label(name)
             if "tag_export" in cell["classes"]:
                 self.index(cell, code, companion.chapter)
+
+    def label(self, name: str) -> None:
+        labels = self.env.get_domain("std").data
+        labels["anonlabels"][name] = self.env.docname, name
+        labels["labels"][name] = self.env.docname, name, "the cell"
 
     def index(self, cell: nodes.container, code: str, chapter: Chapter) -> None:
         names = [name for node in ast.parse(code).body for name in defined_names(node) if not name.startswith("_")]
         entries = []
         for name in names:
-            cell["ids"].append(f"def-{name}")
-            entries.append(("single", f"{name} (in bitlib.{chapter.module})", f"def-{name}", "", None))
+            label = definition(chapter, name)
+            cell["ids"].append(label)
+            self.label(label)
+            entries.append(("single", f"{name} (in bitlib.{chapter.module})", label, "", None))
         if entries:
             cell.insert(0, addnodes.index(entries=entries))
 
@@ -208,6 +225,24 @@ def public_names(chapter: Chapter) -> list[str]:
     return [node.name for node in found if isinstance(node, definitions) and not node.name.startswith("_")]
 
 
+def index() -> str:
+    """Every public name that a chapter exports, in alphabetical order, with the cell that defines it."""
+    found = []
+    for chapter in read_chapters():
+        for cell in chapter.tagged("export"):
+            for node in ast.parse(cell.source).body:
+                names = [name for name in defined_names(node) if not name.startswith("_")]
+                found += [(name.lower().lstrip("_"), name, chapter) for name in names]
+    parts = []
+    for letter, group in itertools.groupby(sorted(found, key=lambda f: (f[0], f[2].path)), key=lambda f: f[0][0]):
+        rows = [
+            f"{{ref}}`{name} <{definition(chapter, name)}>`\n: `bitlib.{chapter.module}`, in {link(chapter)}\n"
+            for _, name, chapter in group
+        ]
+        parts.append(f"## {letter.upper()}\n\n" + "\n".join(rows))
+    return "\n".join(parts)
+
+
 def map_picture(chapters: list[Chapter]) -> str:
     """The import graph as a picture: one row a module, an arc from each to every module that it imports."""
     order = [chapter.module for chapter in chapters if chapter.module]
@@ -264,10 +299,47 @@ def quiz_count() -> str:
     )
 
 
+def demo() -> str:
+    """The demo's script, or, where its runtime could not be fetched, a sentence that says so."""
+    script = f'<script src="../_static/demo.js" data-runtime="{folder(RUNTIME).name}" defer></script>'
+    if available(RUNTIME):
+        return f"```{{raw}} html\n{script}\n```"
+    return (
+        "```{admonition} Only a picture here\n:class: note demo-missing\n"
+        "The program that runs the network in a browser, onnxruntime-web, is not committed with the book; it is "
+        "fetched by npm when the site is built. When this copy was built there was no npm or no network. "
+        "`make book` on a machine that has both brings the demo to life.\n```"
+    )
+
+
+def demo_card() -> str:
+    """How the demo's network was made, from the card that tools/demo.py wrote."""
+    card = json.loads((ROOT / DEMO / "card.json").read_text(encoding="utf-8"))
+    return (
+        f"{card['checkpoint']} was fine-tuned on {card['trained_on']} ({card['rule']}). On the {card['test_images']} "
+        f"test images it is right for {100 * card['test_top1']:.1f} %, as exported for "
+        f"{100 * card['test_top1_of_the_exported_net']:.1f} %. The file has {card['onnx_bytes'] / 1e6:.1f} MB. "
+        f"`{card['command']}` makes it again."
+    )
+
+
+def copy_runtime(app: Sphinx) -> None:
+    """Put the demo's runtime beside the pages, if it is there."""
+    if app.builder.format == "html" and available(RUNTIME):
+        target = Path(app.outdir) / "_static" / "vendor" / folder(RUNTIME).name
+        target.mkdir(parents=True, exist_ok=True)
+        for path in folder(RUNTIME).iterdir():
+            if not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
+
+
 GENERATED = {
+    "demo": demo,
+    "demo-card": demo_card,
     "disagreements": disagreements,
     "errata": errata,
     "chapter-map": chapter_map,
+    "index": index,
     "status": status,
     "counts": quiz_count,
 }
@@ -282,9 +354,14 @@ def depend_on_chapters(app: Sphinx, docname: str, source: list[str]) -> None:
         app.env.note_dependency(str(ROOT / STATUS))
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Sphinx) -> dict[str, bool | int]:
     app.add_directive("quiz", Quiz)
     app.add_transform(CellAnchors)
     app.connect("source-read", depend_on_chapters, priority=400)
     app.connect("source-read", add_companion)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    app.connect("builder-inited", copy_runtime)
+    # whether the runtime is there may have changed since the last build, and no source says so
+    app.connect("env-get-outdated", lambda *_: ["pages/demo"])
+    # another version of this file reads every page again
+    state = zlib.crc32(Path(__file__).read_bytes())
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": state}
