@@ -205,7 +205,7 @@ def chapter_map() -> str:
         needs = needed(chapter, order)
         rows.append(
             f"| {link(chapter)} | {names} | {', '.join(f'`{name}`' for name in needs) or 'nothing before it'} |"
-            f" {', '.join(f'`{name}`' for name in public_names(chapter)) or chapter.summary} |"
+            f" {chapter.summary} |"
         )
     return map_picture(chapters) + "\n\n" + "\n".join(rows)
 
@@ -216,13 +216,6 @@ def needed(chapter: Chapter, order: list[str]) -> list[str]:
         return [name for name in order if name in imported_modules(chapter)]
     exported = Chapter(chapter.path, None, "", None, tuple(chapter.tagged("export")))
     return [name for name in order if name in imported_modules(exported)]
-
-
-def public_names(chapter: Chapter) -> list[str]:
-    """The functions and classes that a chapter exports, without constants."""
-    definitions = (ast.FunctionDef, ast.ClassDef)
-    found = [node for cell in chapter.tagged("export") for node in ast.parse(cell.source).body]
-    return [node.name for node in found if isinstance(node, definitions) and not node.name.startswith("_")]
 
 
 def index() -> str:

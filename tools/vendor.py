@@ -23,6 +23,7 @@ from pathlib import Path
 from book import ROOT
 
 VENDOR = ROOT / "_build" / "vendor"
+RUNTIME_LIMIT = 15_000_000  # bytes that the demo may load, its network included
 
 
 @dataclass(frozen=True)

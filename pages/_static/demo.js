@@ -195,12 +195,9 @@ function build() {
 }
 
 if (place) {
+  build();
+  place.hidden = false;
   const still = document.querySelector(".still-demo");
-  if (place.dataset.available === "yes") {
-    build();
-    place.hidden = false;
-    const figure = still?.closest("figure") ?? still;
-    if (figure) figure.hidden = true;
-    document.querySelector(".demo-missing")?.remove();
-  }
+  const figure = still?.closest("figure") ?? still;
+  if (figure) figure.hidden = true;
 }

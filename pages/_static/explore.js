@@ -188,8 +188,8 @@ start("hyperrule", (place) => {
 
     const end = rule.steps;
     const rates = plot({
-      width: 380, height: 240, x: [0, end], y: [-4, 0.15], xLabel: "step", yLabel: "rate ÷ base rate",
-      xTicks: [0, end / 2, end].map((v) => [v, count(v)]), yTicks: [[0, "1"], [-1, "0.1"], [-2, "0.01"], [-3, "0.001"]],
+      width: 280, height: 240, x: [0, end], y: [-4, 0.15], xLabel: "step", yLabel: "rate ÷ base rate",
+      xTicks: [0, end / 2, end].map((v) => [v, v >= 1000 ? `${v / 1000}k` : String(v)]), yTicks: [[0, "1"], [-1, "0.1"], [-2, "0.01"], [-3, "0.001"]],
     });
     const points = [];
     for (let k = 0; k <= 500; k++) {
@@ -199,20 +199,20 @@ start("hyperrule", (place) => {
     rates.line(points, { stroke: BLUE });
     rates.svg.setAttribute("aria-label", `Learning rate over ${count(rule.steps)} steps: ${warm}, ${decays}.`);
 
-    const squares = element("svg", { viewBox: "0 0 240 240", role: "img" });
+    const squares = element("svg", { viewBox: "0 0 280 240", role: "img" });
     squares.setAttribute("aria-label", `An image of ${side} pixels, resized to ${rule.resize}, cropped to ${rule.crop}.`);
     const scale = 190 / Math.max(side, rule.resize, 1);
     const crop = (rule.resize - rule.crop) * scale * 0.6;
     for (const [length, colour, shift, dash] of [
       [side, ORANGE, 0, "5 4"], [rule.resize, BLUE, 0, ""], [rule.crop, GREEN, crop, ""],
     ]) {
-      const box = { x: 20 + shift, y: 8 + shift, width: length * scale, height: length * scale };
+      const box = { x: 45 + shift, y: 8 + shift, width: length * scale, height: length * scale };
       squares.append(element("rect", { ...box, fill: "none", stroke: colour, "stroke-width": 2.4, "stroke-dasharray": dash }));
     }
     const names = [["image", side, ORANGE], ["resized", rule.resize, BLUE], ["crop", rule.crop, GREEN]];
     names.forEach(([text, length, colour], i) => {
-      squares.append(element("rect", { x: 2 + 82 * i, y: 216, width: 10, height: 10, fill: colour }));
-      squares.append(element("text", { x: 16 + 82 * i, y: 225 }, `${text} ${length}`));
+      squares.append(element("rect", { x: 2 + 92 * i, y: 216, width: 10, height: 10, fill: colour }));
+      squares.append(element("text", { x: 16 + 92 * i, y: 225 }, `${text} ${length}`));
     });
 
     const density = plot({
@@ -240,7 +240,7 @@ start("hyperrule", (place) => {
 start("norms", (place) => {
   const CHANNELS = 8, POSITIONS = 3, IMAGES = 2;
   const wave = (n, c, p) => Math.round(10 * (Math.sin(3.1 * n + 1.7 * c + 2.3 * p) + 0.35 * c)) / 10;
-  const kinds = { batch: "batch norm", group: "group norm, with the groups below" };
+  const kinds = { batch: "batch norm", group: "group norm" };
   const kind = choice("Layer", "nm-kind", kinds, "group");
   const groups = slider("Groups of channels", "nm-groups", 0, 3, 1, 1);
   const other = slider("Factor on image 2", "nm-other", 1, 10, 0.5, 1);
