@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, Page, Route, sync_playwright
-from screenshots import ROOT, SITE, browser_path, launch, served, settle
+from playwright.sync_api import Browser
+from screenshots import ROOT, SITE, Visit, browser_path, served
 from site_extension import PLACEHOLDER, hide_dead_buttons
 
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.py"))
@@ -26,54 +26,6 @@ in_browser = [
     built,
     pytest.mark.skipif(browser_path() is None, reason="no Chromium here: on Debian, apt install chromium"),
 ]
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[str]:
-    with served(SITE) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page of the site opened in a fresh browser context, with all that went wrong on the way."""
-
-    def __init__(self, browser: Browser, site: str, path: str, theme: str = "light", width: int = 1280):
-        self.problems: list[str] = []
-        self.site = site
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
-        self.context.set_default_timeout(120_000)  # a busy machine is no fault of the page
-        self.page: Page = self.context.new_page()
-        self.page.route("**/*", self._only_local)
-        self.page.on("console", lambda m: self._note(f"console: {m.text}") if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self._note(f"script: {error}"))
-        self.page.on("requestfailed", lambda request: self._note(f"failed: {request.url}"))
-        self.page.on("response", lambda r: self._note(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        self.page.goto(f"{site}/{path}", wait_until="load")
-        settle(self.page)
-
-    def _note(self, problem: str) -> None:
-        self.problems.append(problem)
-
-    def _only_local(self, route: Route) -> None:
-        if route.request.url.startswith((self.site, "data:", "blob:")):
-            route.continue_()
-        else:
-            self._note(f"leaves the site: {route.request.url}")
-            route.abort()
-
-    def __enter__(self) -> "Visit":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.context.close()
 
 
 def soup(page: str) -> BeautifulSoup:

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from book import ROOT
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, Route, sync_playwright
 
 SITE = ROOT / "_build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
-PAGES = ("intro", "chapters/02_group_normalization", "chapters/03_weight_standardization", "pages/references")
+PAGES = ("intro", "chapters/02_group_normalization", "pages/disagreements", "pages/references")
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -65,6 +65,40 @@ def settle(page: Page) -> None:
     page.evaluate(
         "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => {}) }))"
     )
+
+
+class Visit:
+    """A page of the site opened in a fresh browser context, with all that went wrong on the way."""
+
+    def __init__(self, browser: Browser, site: str, path: str, theme: str = "light", width: int = 1280):
+        self.problems: list[str] = []
+        self.site = site
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        self.context.set_default_timeout(120_000)  # a busy machine is no fault of the page
+        self.page: Page = self.context.new_page()
+        self.page.route("**/*", self._only_local)
+        self.page.on("console", lambda m: self._note(f"console: {m.text}") if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self._note(f"script: {error}"))
+        self.page.on("requestfailed", lambda request: self._note(f"failed: {request.url}"))
+        self.page.on("response", lambda r: self._note(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        self.page.goto(f"{site}/{path}", wait_until="load")
+        settle(self.page)
+
+    def _note(self, problem: str) -> None:
+        self.problems.append(problem)
+
+    def _only_local(self, route: Route) -> None:
+        if route.request.url.startswith((self.site, "data:", "blob:")):
+            route.continue_()
+        else:
+            self._note(f"leaves the site: {route.request.url}")
+            route.abort()
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.context.close()
 
 
 def main(argv: list[str] | None = None) -> int:

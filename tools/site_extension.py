@@ -1,9 +1,10 @@
-"""A Sphinx extension for what _config.yml cannot say: header, dead buttons, folds, and MathJax."""
+"""A Sphinx extension for what _config.yml cannot say: header, dead buttons, folds, names of buttons, and MathJax."""
 
 from __future__ import annotations
 
 import filecmp
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,28 @@ def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
                 cell["prompt_show"], cell["prompt_hide"] = f"Show {name}", f"Hide {name}"
 
 
+# What a screen reader announces must contain what is written (WCAG 2.5.3); the theme's templates do not keep to it.
+RENAMED = (
+    (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
+    (re.compile(r'(<i class="theme-switch [^>]*?)\s+title="[^"]*"'), r'\1 aria-hidden="true"'),
+    (re.compile(r'(<button class="btn search-button-field [^>]*?)\s+title="Search" aria-label="Search"'), r"\1"),
+)
+
+
+def name_buttons(app: Sphinx, exception: Exception | None) -> None:
+    """Correct the accessible names in the pages that were written."""
+    if exception or app.builder.format != "html":
+        return
+    for path in Path(app.outdir).rglob("*.html"):
+        if "_static" in path.relative_to(app.outdir).parts:
+            continue
+        text = old = path.read_text(encoding="utf-8")
+        for pattern, replacement in RENAMED:
+            text = pattern.sub(replacement, text)
+        if text != old:
+            path.write_text(text, encoding="utf-8")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     # before the theme reads its options
     app.connect("config-inited", set_header, priority=100)
@@ -79,4 +102,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", use_local_mathjax, priority=100)
     app.connect("builder-inited", copy_mathjax)
     app.connect("doctree-read", name_folded_cells)
+    app.connect("build-finished", name_buttons)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
