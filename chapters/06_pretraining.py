@@ -1837,6 +1837,43 @@ for name in ("BiT-mini-S.json", "BiT-mini-M.json", "BiT-mini-L.json"):
     print("    " + ", ".join(f"{group} {value:.1%}" for group, value in card["val"].items()))
 
 # %% [markdown]
+# Is more upstream better? `tools/scaling.py` measures it, the one way in which nothing has to be tuned: ridge
+# regression on frozen features, ten seeds, for each shipped checkpoint and for the same network untrained. Two tasks:
+# handwritten digits, and characters that no size of GlyphNet shows, learned in one typeface and recognised in another.
+# These are results of a mini on GlyphNet. BiT's own experiment {cite}`kolesnikov2020big` has three sizes of network
+# too, and there the small network gains nothing from the largest upstream.
+
+# %%
+scaling = json.loads(shipped_file("results/scaling.json").read_text())
+top1 = {
+    (row["task"], row["upstream"], row["shots"]): 100 * torch.tensor(row["top1"], dtype=torch.float64)
+    for row in scaling["rows"]
+    if row["architecture"] == "R26x0.25"
+}
+upstreams = [name for name in ("none", "S", "M", "L") if ("digits", name, 1) in top1]
+print(f"{'R26x0.25, top-1 in %':26}" + "".join(f"{f'{shots} shots':>14}" for shots in (1, 5, 10, 25)))
+for task in ("digits", "characters"):
+    for name in upstreams:
+        cells = [top1[task, name, shots] for shots in (1, 5, 10, 25)]
+        print(f"{task:11} upstream {name:6}" + "".join(f"{c.mean():8.1f} ± {c.std():3.1f}" for c in cells))
+for task in ("digits", "characters"):
+    for shots in (1, 5, 10, 25):
+        assert (top1[task, "M", shots] > top1[task, "none", shots] + 10).all()  # at every seed
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, digits and unseen characters. Top-1 against examples a class, one line with error bars for each upstream. The lines of the pre-trained networks lie far above that of the untrained one, which on the characters stays near chance."}}
+fig, axes = plt.subplots(1, 2, sharey=True)
+for ax, task in zip(axes, ("digits", "characters"), strict=True):
+    for name, style in zip(upstreams, ("o:", "s--", "^-", "D-."), strict=False):
+        cells = [top1[task, name, shots] for shots in (1, 5, 10, 25)]
+        label = "untrained" if name == "none" else f"BiT-mini-{name}"
+        ax.errorbar((1, 5, 10, 25), [c.mean() for c in cells], [c.std() for c in cells], fmt=style, label=label)
+    ax.set(xscale="log", xlabel="examples a class", title=task)
+    ax.set_xticks((1, 5, 10, 25), ("1", "5", "10", "25"))
+axes[0].set(ylabel="top-1, %")
+axes[0].legend()
+plt.show()
+
+# %% [markdown]
 # What would BiT-L take? The paper trained R152x4 on JFT-300M's 300 million images for 40 epochs at batch 4,096 on 512
 # cores of Cloud TPUv3; BiT-M on the 14.2 million of ImageNet-21k for 90 epochs {cite}`kolesnikov2020big`. We can count
 # the rest. A convolution does $C_\text{in} k^2$ multiply-adds for each number it puts out; a hook on every layer adds
