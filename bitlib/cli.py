@@ -944,7 +944,7 @@ def finetune_command(
             name: metrics[name] for name in ("n", "top1", "top1_interval", "mean_per_class", "nll", "brier", "ece")
         }
     page = write_report(
-        f"{Path(data).name}: {len(dataset.classes)} classes, by {model}",
+        f"{Path(data).name}: {len(dataset.classes)} classes, by {Path(model).name}",
         dataset.classes,
         rule,
         result.history,

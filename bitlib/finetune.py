@@ -169,7 +169,6 @@ class _Images:
 
     def __init__(self, dataset: Dataset, size: int):
         self.dataset, self.size, self.kept = dataset, size, None
-        self.pool = ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1)))  # Pillow decodes in parallel
         if len(dataset) * 3 * size * size <= CACHE_BYTES:
             self.kept = self._decode(range(len(dataset)))
         self.labels = self.kept[1] if self.kept is not None else labels_of(dataset)
@@ -190,7 +189,8 @@ class _Images:
             image, label = _example(self.dataset, index)
             return resize(image, self.size), label
 
-        images, labels = zip(*self.pool.map(square, indices), strict=True)
+        with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:  # Pillow decodes in parallel
+            images, labels = zip(*pool.map(square, indices), strict=True)
         return torch.stack(images), torch.tensor(labels)
 
 

@@ -674,7 +674,7 @@ print("no group on both sides, no class without a training picture, in 50 splits
 
 # %% [markdown]
 # Should the held-out pictures also choose the checkpoint? They could; `--keep best` does it. Then their
-# accuracy is the best of eleven tries and no longer an honest estimate. The default is BiT's: keep the last
+# accuracy is the best of ten tries and no longer an honest estimate. The default is BiT's: keep the last
 # weights, choose nothing, and let the held-out pictures only measure.
 
 # %% [markdown]
@@ -1204,7 +1204,7 @@ def finetune_command(
             name: metrics[name] for name in ("n", "top1", "top1_interval", "mean_per_class", "nll", "brier", "ece")
         }
     page = write_report(
-        f"{Path(data).name}: {len(dataset.classes)} classes, by {model}",
+        f"{Path(data).name}: {len(dataset.classes)} classes, by {Path(model).name}",
         dataset.classes,
         rule,
         result.history,

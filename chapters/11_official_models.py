@@ -85,44 +85,40 @@ print("running on:", "BiT-M-R50x1 as released" if OFFICIAL else "a STAND-IN, R50
 
 
 # %%
-def saved_megabytes(model, size, autocast=False):
-    """What the forward pass keeps for the backward pass, for each image of size x size."""
+def saved_megabytes(model, n, size):
+    """What the forward pass of n images of size x size keeps for the backward pass."""
+    kept = {}
 
-    def kept_for(n):
-        kept = {}
+    def listen(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held on to, so that no address comes twice
+        return tensor
 
-        def listen(tensor):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage  # held on to, so that no address comes twice
-            return tensor
-
-        device = next(model.parameters()).device
-        with torch.autograd.graph.saved_tensors_hooks(listen, lambda tensor: tensor):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                model(torch.zeros(n, 3, size, size, device=device))
-        return sum(storage.nbytes() for storage in kept.values()) / 2**20
-
-    return kept_for(2) - kept_for(1)  # what does not grow with the images, such as weights, falls out
+    with torch.autograd.graph.saved_tensors_hooks(listen, lambda tensor: tensor):
+        model(torch.zeros(n, 3, size, size))
+    return sum(storage.nbytes() for storage in kept.values()) / 2**20
 
 
 plain = create_model("R50x1", num_classes=10)
 weights = sum(p.numel() for p in plain.parameters()) * 4 / 2**20
-per_image = {size: saved_megabytes(plain, size) for size in (128, 384)}
+more = (saved_megabytes(plain, 8, 128) - saved_megabytes(plain, 4, 128)) / 4  # what does not grow falls out
+per_image = {128: more, 384: 9 * more}  # nine times the pixels
 print(f"weights {weights:.0f} MB")
 for size, megabytes in per_image.items():
-    print(f"one image at {size} pixels: {megabytes:.0f} MB; 512 of them: {512 * megabytes / 1024:.0f} GB")
+    print(f"one more image at {size} pixels: {megabytes:.0f} MB; 512 of them: {512 * megabytes / 1024:.0f} GB")
 assert 512 * per_image[128] < 16 * 1024 < 512 * per_image[384]
 
 # %% [markdown]
-# At 128 pixels a batch of 512 just fits a GPU of 16 GB, if nothing else is there. At 384, which the rule gives for
-# anything that is not tiny, it would need several such GPUs.
+# At 128 pixels a batch of 512 fits a GPU of 16 GB, if little else is there. At 384, which the rule gives for anything
+# that is not tiny, it would need several such GPUs. (Our blocks compute some of their inner values again in the
+# backward pass, more of them in larger batches, so these are upper figures.)
 #
 # ## Micro-batches
 #
 # The way out is chapter 6's accumulation: go through the batch in parts, add up the gradients, step once. Only one
 # part's activations are alive at a time. The result is the same, because group normalization looks at one image at a
 # time (a batch norm would see another batch), and because each part weighs as much as it has images. We check it on
-# one step of R50x1 with a batch of 6, in parts of 4 and 2.
+# two steps of R50x1 with a batch of 6, in parts of 4 and 2.
 
 # %%
 rng = np.random.default_rng(0)
@@ -154,7 +150,7 @@ def largest_micro_batch(budget_gb, size):
 for budget in (4, 16):
     print(f"{budget} GB:", ", ".join(f"{largest_micro_batch(budget, size)} at {size} pixels" for size in per_image))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Memory of a training step of R50x1 against the micro-batch, both logarithmic, one line for 128 and one for 384 pixels. Both are flat below a micro-batch of about ten and then rise in proportion; the line of 384 pixels crosses 16 gigabytes near a micro-batch of a hundred, that of 128 pixels stays below it up to 512."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Memory of a training step of R50x1 against the micro-batch, both logarithmic, one line for 128 and one for 384 pixels. Both are flat at first and then rise in proportion; the line of 384 pixels crosses 16 gigabytes near a micro-batch of a hundred, that of 128 pixels stays below it up to 512."}}
 fig, ax = plt.subplots()
 sizes = 2 ** np.arange(10)
 for size, megabytes in per_image.items():
@@ -167,18 +163,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# On a GPU the loop of chapter 6 does two more things by itself: convolutions in bfloat16 where the GPU has it, and
-# the layout *channels last*, which the GPU's matrix units want. Weight standardization and group norm stay in float32.
-# Does bfloat16 halve the memory as well?
-
-# %%
-share = saved_megabytes(plain, 128, autocast=True) / per_image[128]
-print(f"with bfloat16 a step keeps {100 * share:.0f} % of the activations' memory")
-assert 0.7 < share < 1.1
-
-# %% [markdown]
-# No. What our network keeps are mostly the inputs of its group norms, and those stay in float32. Here bfloat16 is for
-# speed, and the micro-batch is for memory.
+# On a GPU the loop of chapter 6 does two more things by itself, for speed: convolutions in bfloat16 where the GPU has
+# it, and the layout *channels last*, which the GPU's matrix units want. Weight standardization and group norm stay in
+# float32.
 #
 # ## Two tasks
 #

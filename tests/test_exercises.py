@@ -17,6 +17,7 @@ from book import Cell, Chapter, read_chapters
 
 from bitlib.checkpoints import from_official_name
 from bitlib.evaluate import ridge_primal, topk_accuracy
+from bitlib.hyperrule import hyperrule
 from bitlib.resnet import BLOCKS
 
 CHAPTERS = read_chapters()
@@ -532,6 +533,39 @@ WRONG = {
             "width should be",
         ),
     ],
+    # 10 your own images
+    "check_upright": [
+        ("leaves it", [lambda x, o: x], "not the right picture"),
+        ("always turned", [lambda x, o: x if o == 1 else np.rot90(x)], "pixels become"),
+        ("flips only", [lambda x, o: x[::-1] if o in (3, 4) else x[:, ::-1] if o > 1 else x], "right picture|become"),
+    ],
+    "check_on_white": [
+        ("drops it", [lambda rgb, alpha: rgb], "must be white"),
+        ("on black", [lambda rgb, alpha: alpha[..., None] * rgb], "must be white"),
+        ("the wrong way round", [lambda rgb, a: (1 - a[..., None]) * rgb + a[..., None]], "must stay as it is"),
+    ],
+    "check_threshold": [
+        ("the lowest", [lambda c, r, t: c.min()], "the lowest confidence"),
+        ("the target itself", [lambda c, r, t: t], "the lowest confidence"),
+        ("strictly above", [lambda c, r, t: min((x for x in c if r[c > x].mean() >= t), default=np.inf)], "or more"),
+    ],
+    # 11 official models
+    "check_batch_loss": [
+        ("all the same", [lambda losses, sizes: sum(losses) / len(losses)], "as it has images"),
+        ("a sum", [lambda losses, sizes: sum(x * n for x, n in zip(losses, sizes, strict=True))], "make"),
+    ],
+    "check_hours": [
+        ("always small", [lambda n, size, speed: 500 * 512 / speed / 3_600], "10000 steps"),
+        ("in seconds", [lambda n, size, speed: 512 * hyperrule(n, size).steps / speed], "take"),
+    ],
+    "check_micro_batch": [
+        ("need not divide", [lambda b, f, p, n: min(n, int((b - f) / p))], "divides it"),
+        (
+            "forgets the fixed part",
+            [lambda b, f, p, n: max(m for m in range(1, n + 1) if n % m == 0 and m * p <= b)],
+            "fits",
+        ),
+    ],
 }
 
 
@@ -552,8 +586,8 @@ each_exercise = pytest.mark.parametrize(
 
 def checker(chapter: Chapter, name: str):
     """The checker as a reader in Colab gets it: from the package, not from the page."""
-    modules = [other.module for other in CHAPTERS if other.tagged("check")]
-    found = [importlib.import_module(f"bitlib.checks.{module}") for module in modules if module]
+    modules = [other.checks for other in CHAPTERS if other.tagged("check")]
+    found = [importlib.import_module(f"bitlib.checks.{module}") for module in modules]
     return next(getattr(module, name) for module in found if hasattr(module, name))
 
 
@@ -621,8 +655,8 @@ def test_print_the_counts(capsys: pytest.CaptureFixture):
     exported = {
         name
         for chapter in CHAPTERS
-        if chapter.module and chapter.tagged("check")
-        for name in importlib.import_module(f"bitlib.checks.{chapter.module}").__all__
+        if chapter.tagged("check")
+        for name in importlib.import_module(f"bitlib.checks.{chapter.checks}").__all__
     }
     assert names <= exported
     with capsys.disabled():
