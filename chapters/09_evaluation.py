@@ -2194,7 +2194,7 @@ def robustness(model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) 
 
 
 # %% [markdown]
-# Blur and JPEG are those of torchvision, to a grey level or two; noise has the strength that it says.
+# Blur is that of torchvision, to one grey level; noise has the strength that it says; JPEG is Pillow's own encoder.
 
 # %%
 some_images = task.test.images[:300]
