@@ -37,6 +37,7 @@ __all__ = [
     "suite_tasks",
     "draw_examples",
     "task_rule",
+    "suite_label",
     "SuiteResults",
     "read_suite",
     "evaluate_suite",
@@ -940,6 +941,11 @@ def _fit_network(task: Task, model: nn.Module, method: str, chosen: list[int], s
     return finetune(model, data, rule, seed=seed, num_classes=len(task.classes), progress=False).model
 
 
+def suite_label(model: str, method: str) -> str:
+    """What a model used by a method is called in tables: both, but only the method for "scratch"."""
+    return method if model == "scratch" else f"{model} {method}"
+
+
 class SuiteResults(dict):
     """The results of a suite: what was run, a row for each run, a summary. It prints as tables."""
 
@@ -1217,7 +1223,7 @@ def suite_table(results: dict, examples: int | str = "all") -> str:
     for entry in results.get("summary") or suite_summary(results):
         if entry["examples"] != examples:
             continue
-        name = entry["method"] if entry["model"] == "scratch" else f"{entry['model']} {entry['method']}"
+        name = suite_label(entry["model"], entry["method"])
         scores = [entry["scores"][part] for part in parts]
         whole = "-" if scores[0] is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in scores[0][:3]))
         lines.append(
@@ -1275,7 +1281,7 @@ def suite_plot(results: dict, examples: int | str = "all") -> None:
     whole = [entry for entry in summary if entry["examples"] == examples and not entry["missing"]]
     parts = list(_suite_parts(results["suite"]))[::-1]
     for i, entry in enumerate(whole):
-        label = entry["method"] if entry["model"] == "scratch" else f"{entry['model']} {entry['method']}"
+        label = suite_label(entry["model"], entry["method"])
         middle, low, high = ([100 * entry["scores"][part][k] for part in parts] for k in range(3))
         place = [row + 0.7 * (0.5 - (i + 1) / (len(whole) + 1)) for row in range(len(parts))]
         ends = [[m - b for m, b in zip(middle, low, strict=True)], [t - m for m, t in zip(middle, high, strict=True)]]

@@ -2220,7 +2220,7 @@ print(f"{sum(map(len, VTAB_MINI.values()))} tasks in {len(VTAB_MINI)} groups")
 
 # %% [markdown]
 # This is the distance that transfer must bridge in the first half of the book: from printed characters in colour to
-# handwriting, tissue and triangles; from a hundred thousand examples to a hundred.
+# handwriting, tissue and triangles; from hundreds of thousands of examples to a hundred.
 
 # %% [markdown]
 # ```{admonition} Where sources disagree
