@@ -103,7 +103,8 @@ class Quiz(SphinxDirective):
         found += [html('<p class="quiz-buttons"><button type="submit" hidden>Check</button></p>')]
         found += [html('<div class="quiz-reply" role="status"></div>')]
         found += [html(f'<details><summary>Answer<span class="sr-only"> to question {number}</span></summary><p>')]
-        found += [nodes.strong("", "", *self.inline(right["text"])), nodes.Text(" "), *self.inline(right["why"])]
+        stop = " " if right["text"].endswith(".") else ". "
+        found += [nodes.strong("", "", *self.inline(right["text"])), nodes.Text(stop), *self.inline(right["why"])]
         found += [html("</p></details></fieldset></form>")]
         return found
 
