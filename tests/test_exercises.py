@@ -536,7 +536,7 @@ WRONG = {
     ],
     # 10 your own images
     "check_upright": [
-        ("forgets the swap", [lambda p, o: p], "2 x 3 pixels become"),
+        ("leaves it as it is", [lambda p, o: p], "orientation 2"),
         ("swaps, and never flips", [lambda p, o: p.transpose(1, 0, 2) if o >= 5 else p], "not the right picture"),
         ("rotates the wrong way", [lambda p, o: np.rot90(p, {3: 2, 6: 1, 8: 3}.get(o, 0))], "orientation 2"),
     ],

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import zlib
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def needed(chapter: Chapter, order: list[str]) -> list[str]:
     """The modules that what a chapter exports imports; for a chapter without a module, those that its cells import."""
     if chapter.module is None:
         return [name for name in order if name in imported_modules(chapter)]
-    exported = Chapter(chapter.path, None, "", None, tuple(chapter.tagged("export")))
+    exported = replace(chapter, cells=tuple(chapter.tagged("export")))
     return [name for name in order if name in imported_modules(exported)]
 
 
