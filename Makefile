@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := bitlib chapters tools tests conftest.py
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test notebooks export lint format bench clean
+.PHONY: help book pdf serve test notebooks export demo status lint format bench clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -19,8 +19,12 @@ help: ## list the targets
 book: $(READY) ## build the site from the executed notebooks, warnings as errors
 	$(BIN)/python tools/stamp.py
 	$(BIN)/python tools/pair.py
+	$(BIN)/python tools/vendor.py
 	$(BIN)/jupyter-book build . -W -n --keep-going -q
 	@echo "The book is at $(CURDIR)/_build/html/index.html; make serve shows it in a browser."
+
+pdf: book ## print the whole book into _build/book.pdf, and check its pages
+	$(BIN)/python tools/pdf.py
 
 serve: book ## build the site and serve it on this machine only (PORT=8000)
 	@echo "The book is at http://127.0.0.1:$(PORT)/ until you press Ctrl-C."
@@ -35,6 +39,13 @@ test: book ## run everything: unit tests, book mechanics, the site in a browser,
 notebooks: export ## execute the notebooks whose code, modules or data changed
 	$(BIN)/python tools/pair.py
 	$(BIN)/python tools/execute.py
+
+demo: $(READY) ## fine-tune and export the demo's network, and draw the still pictures
+	$(BIN)/python tools/demo.py
+	$(BIN)/python tools/stills.py
+
+status: $(READY) ## measure the runtime and memory of every chapter, for the status page
+	$(BIN)/python tools/status.py
 
 export: $(READY) ## write bitlib/ from the chapters
 	$(BIN)/python tools/stamp.py

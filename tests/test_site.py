@@ -12,9 +12,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from pdf import book_pages
 from playwright.sync_api import Browser
 from screenshots import ROOT, SITE, Visit, browser_path, served
 from site_extension import PLACEHOLDER, hide_dead_buttons
+from vendor import folder
 
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.py"))
 # genindex and search are Sphinx's own pages
@@ -30,6 +32,10 @@ in_browser = [
 
 def soup(page: str) -> BeautifulSoup:
     return BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser")
+
+
+AXE = folder("axe-core") / "axe.min.js"
+has_axe = pytest.mark.skipif(not AXE.exists(), reason="axe-core is not here: python tools/vendor.py (npm, a network)")
 
 
 # --- without a browser -----------------------------------------------------------------------------------------------
@@ -96,6 +102,22 @@ def test_repository_buttons_only_with_an_address(path: Path):
         repository = address.removeprefix("https://github.com/")
         assert any("colab" in link and f"/{repository}/" in link and link.endswith(".ipynb") for link in links)
         assert address in links
+
+
+@built
+def test_every_page_of_the_table_of_contents_is_there_and_every_page_is_in_it():
+    named = {f"{name}.html" for name in book_pages()}
+    assert named == set(BOOK_PAGES), "pages/ and _toc.yml differ, or the site holds pages of an older build"
+
+
+@built
+def test_print_the_links_to_other_sites(capsys: pytest.CaptureFixture):
+    """They are listed, not followed: no test needs a network."""
+    links = {a["href"] for page in BOOK_PAGES for a in soup(page).find("article").find_all("a", href=True)}
+    outside = sorted({urlsplit(link).netloc for link in links if link.startswith("http")})
+    assert all(link.startswith("https://") for link in links if link.startswith("http")), "a link without encryption"
+    with capsys.disabled():
+        print(f"\n{len([link for link in links if link.startswith('http')])} links to {len(outside)} other sites")
 
 
 class FakeConfig:
@@ -167,6 +189,31 @@ class TestPage:
             assert widest <= width, f"{widest} pixels wide on a screen of {width}"
         visit.page.set_viewport_size({"width": 1280, "height": 900})
 
+    @has_axe
+    def test_keeps_to_wcag(self, visit: Visit):
+        """No violation of WCAG 2.2 AA that axe can find: light on a desktop, dark on the narrowest phone."""
+        assert violations(visit, "light", 1440) == []
+        assert violations(visit, "dark", 320) == []
+
+    def test_keyboard_reaches_the_page_and_shows_where_it_is(self, visit: Visit):
+        visit.page.evaluate("document.activeElement.blur()")
+        visit.page.keyboard.press("Tab")
+        assert "Skip to" in visit.page.evaluate("document.activeElement.textContent")
+        visit.page.keyboard.press("Enter")
+        seen = set()
+        for _ in range(4):
+            visit.page.keyboard.press("Tab")
+            seen.add(visit.page.evaluate(FOCUS))
+        assert len(seen) > 1, "the Tab key leads nowhere"
+        assert not [place for place in seen if place.endswith(" invisible")], seen
+
+    @pytest.mark.slow
+    @has_axe
+    def test_keeps_to_wcag_in_both_themes_at_every_width(self, visit: Visit):
+        for theme in ("light", "dark"):
+            for width in (320, 768, 1440):
+                assert violations(visit, theme, width) == [], (theme, width)
+
     def test_dark_mode(self, visit: Visit):
         visit.page.emulate_media(color_scheme="dark")
         visit.page.wait_for_selector("html[data-theme=dark]", timeout=5_000)
@@ -180,6 +227,34 @@ class TestPage:
             ".cell_output img", "all => all.map(e => getComputedStyle(e).backgroundColor)"
         ):
             assert brightness(plate) > 200, f"a figure's dark labels on {plate}"
+
+
+# where the focus is, and whether one can see it there
+FOCUS = """() => {
+  const e = document.activeElement, style = getComputedStyle(e);
+  const ring = style.outlineStyle !== 'none' || style.boxShadow !== 'none';
+  return `${e.tagName} ${e.className} ${(e.textContent || '').trim().slice(0, 30)}${ring ? '' : ' invisible'}`;
+}"""
+# every success criterion of WCAG 2.2, levels A and AA, that can be checked by a program
+AXE_OPTIONS = {
+    "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
+    "resultTypes": ["violations"],
+}
+
+
+def violations(visit: Visit, theme: str, width: int) -> list[str]:
+    """What axe objects to on a page in this theme and at this width."""
+    page = visit.page
+    page.emulate_media(color_scheme=theme)
+    page.wait_for_selector(f"html[data-theme={theme}]", timeout=20_000)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_timeout(400)  # colours fade over
+    if not page.evaluate("Boolean(window.axe)"):
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("options => axe.run(document, options)", AXE_OPTIONS)["violations"]
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    return [f"{v['id']}: {node['html'][:120]}" for v in found for node in v["nodes"]]
 
 
 def brightness(colour: str) -> float:

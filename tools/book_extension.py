@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import zlib
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ class Quiz(SphinxDirective):
         found += [html('<p class="quiz-buttons"><button type="submit" hidden>Check</button></p>')]
         found += [html('<div class="quiz-reply" role="status"></div>')]
         found += [html(f'<details><summary>Answer<span class="sr-only"> to question {number}</span></summary><p>')]
-        found += [nodes.strong("", "", *self.inline(right["text"])), nodes.Text(" "), *self.inline(right["why"])]
+        stop = " " if right["text"].endswith(".") else ". "
+        found += [nodes.strong("", "", *self.inline(right["text"])), nodes.Text(stop), *self.inline(right["why"])]
         found += [html("</p></details></fieldset></form>")]
         return found
 
@@ -214,7 +216,7 @@ def needed(chapter: Chapter, order: list[str]) -> list[str]:
     """The modules that what a chapter exports imports; for a chapter without a module, those that its cells import."""
     if chapter.module is None:
         return [name for name in order if name in imported_modules(chapter)]
-    exported = Chapter(chapter.path, None, "", None, tuple(chapter.tagged("export")))
+    exported = replace(chapter, cells=tuple(chapter.tagged("export")))
     return [name for name in order if name in imported_modules(exported)]
 
 

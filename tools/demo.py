@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     tuned = finetune(model, task.train, rule, seed=0).model
     result = evaluate(tuned, task.test)
     few = torch.utils.data.Subset(task.train, few_shot(task.train, SHOTS, seed=0))
-    probe = linear_probe(*extract_features(model, few), num_classes=10)
+    probe = linear_probe(*extract_features(model, few), l2=1e-6, num_classes=10)  # hardly any penalty: too sure
     features, few_labels = extract_features(model, task.test)
     few_logits = probe(features)
     images, labels = (
