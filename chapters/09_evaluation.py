@@ -1462,15 +1462,11 @@ for method in order:
     )
 
 # %%
-best = next(method for method in order if method.startswith("bit-mini-m"))
 for transferred in ("bit-mini-m finetuned", "bit-mini-m ridge"):
-    for method in ("scratch", "logistic pixels", "svm pixels"):
+    for method, points in (("scratch", 1), ("logistic pixels", 2), ("svm pixels", 0)):
         gain = 100 * (table[transferred] - table[method])
         print(f"{transferred:20s} minus {method:15s} {gain.mean():+.1f} points, worst seed {gain.min():+.1f}")
-for method, points in (("scratch", 1), ("logistic pixels", 2)):
-    gain = 100 * (table[best] - table[method])
-    assert gain.mean() > points and gain.min() > 0, "the transferred network must win, and at every seed"
-assert order[0] == best and table["svm pixels"].mean() < table[best].mean()
+        assert gain.min() > points, "the transferred network must win, and at every seed"
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Dot plot of top-1 accuracy on handwritten digits with ten training examples a class. One row a method, five small dots for the five seeds and a large one for their mean. The rows that use BiT-mini-M lie to the right of the network from scratch and of the classifiers on pixels."}}
 for place, method in enumerate(reversed(order)):
@@ -1483,11 +1479,10 @@ plt.margins(y=0.15)
 plt.show()
 
 # %% [markdown]
-# In the better of its two rows, the transferred network beats the same network from scratch by more than a
-# point on average, and logistic regression on pixels by more than two, at every one of the five seeds. Which
-# row is the better one need not be the one that trains more weights: a hundred images are few for so many of
-# them. The support vector machine is behind as well, but not by much: these scans are 64 pixels of
-# well-centred ink, so pixels are good features here.
+# Fine-tuned or frozen, the transferred network beats the same network from scratch by more than a point, and
+# logistic regression on pixels by more than two, at each of the five seeds. The support vector machine is behind
+# at every seed too, but at some by less than a point: these scans are 64 pixels of well-centred ink, so pixels are good
+# features here. And training all weights does worse than training none: a hundred images are few for so many of them.
 #
 # What these numbers are not: a result about BiT. They are a result on GlyphNet, of a small network, on one
 # small task.
@@ -1503,8 +1498,8 @@ def right_images(run):
 
 
 for seed in seeds:
-    pair = [right_images(runs[method, seed]) for method in (best, "scratch")]
-    assert abs(pair[0].double().mean() - table[best][seed]) < 1e-9
+    pair = [right_images(runs[method, seed]) for method in ("bit-mini-m finetuned", "scratch")]
+    assert abs(pair[0].double().mean() - table["bit-mini-m finetuned"][seed]) < 1e-9
     outcome = mcnemar(*pair)
     print(f"seed {seed}: only transferred {outcome.only_first}, only scratch {outcome.only_second}", end="")
     print(f", p {'< 0.001' if outcome.p_value < 0.001 else f'= {outcome.p_value:.3f}'}")

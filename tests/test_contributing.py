@@ -12,7 +12,7 @@ import book_extension
 import companion
 import pytest
 import yaml
-from book import ROOT
+from book import ROOT, BookError
 
 PAGE = (ROOT / "pages" / "contributing.md").read_text(encoding="utf-8")
 
@@ -104,7 +104,7 @@ def test_the_recipes_would_be_caught_if_they_broke(copy: Path):
     for good, bad in (("print(mean_abs(x).item())", "print(nothing)"), ("right: true", "right: false")):
         assert good in text
         path.write_text(text.replace(good, bad), encoding="utf-8")
-        with pytest.raises(companion.BookError):
+        with pytest.raises(BookError):
             companion.read_companion(copy / "chapters" / "98_example.py")
     path.write_text(text, encoding="utf-8")
     assert yaml.safe_load(text).keys() == {"quiz", "hints", "errata"}
