@@ -547,7 +547,11 @@ WRONG = {
     "check_threshold": [
         ("the lowest", [lambda c, r, t: c.min()], "the lowest confidence"),
         ("the target itself", [lambda c, r, t: t], "the lowest confidence"),
-        ("strictly above", [lambda c, r, t: min((x for x in c if r[c > x].mean() >= t), default=np.inf)], "or more"),
+        (
+            "strictly above",
+            [lambda c, r, t: min((x for x in c if r[c > x].any() and r[c > x].mean() >= t), default=np.inf)],
+            "or more",
+        ),
     ],
     # 11 official models
     "check_batch_loss": [
