@@ -37,6 +37,7 @@ def test_quiz_has_its_questions_and_explains_every_choice(companion: Companion):
         assert question.question.rstrip().endswith(("?", ":"))
         assert len({choice.text for choice in question.choices}) == len(question.choices) >= 3
         for choice in question.choices:
+            assert re.search(r"\w", re.sub(r"\$[^$]*\$", "", choice.text)), f"{choice.text!r} has no words to label it"
             assert len(choice.why) > 15, f"{choice.text!r} needs a reason"
 
 
