@@ -2149,7 +2149,9 @@ for row, name in zip(axes, TASKS, strict=True):
     for ax, i in zip(row, order.tolist(), strict=True):
         ax.imshow(task.test[i][0].permute(1, 2, 0))
         ax.axis("off")
-    row[0].set_title(f"{name}, {len(task.classes)} classes ({task.group})", fontsize=7, loc="left").set_in_layout(False)
+    words = f"{name}, {len(task.classes)} classes ({task.group})"
+    row[0].text(-0.5, -4, words, fontsize=7).set_in_layout(False)  # a title would widen its column
+axes[0, 9].set_title("test set", fontsize=7, loc="right")
 plt.show()
 
 # %% [markdown]
