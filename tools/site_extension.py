@@ -78,6 +78,8 @@ RENAMED = (
     (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
     (re.compile(r'(<i class="theme-switch [^>]*?)\s+title="[^"]*"'), r'\1 aria-hidden="true"'),
     (re.compile(r'(<button class="btn search-button-field [^>]*?)\s+title="Search" aria-label="Search"'), r"\1"),
+    # Roles that a later edition of the standard has given up (DPUB-ARIA 1.1): an entry of a list is a list item.
+    (re.compile(r'role="doc-biblioentry"'), 'role="listitem"'),
 )
 
 
