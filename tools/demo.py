@@ -3,9 +3,9 @@
     python tools/demo.py [--model BiT-mini-M]
 
 Writes into pages/_static/demo/: digits.onnx (8 x 8 levels of grey in, ten logits out), vectors.json (test images with
-PyTorch's logits), reliability.js (logits of a linear probe
-on its frozen features that saw five images of each digit) and card.json, which says
-how they were made. A few minutes on two cores. Run it again when the checkpoint changes.
+PyTorch's logits), reliability.js (logits of a linear probe on the checkpoint's frozen features that saw five images of
+each digit) and card.json, which says how they were made. A few minutes on two cores. Run it again when the
+checkpoint changes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from book import ROOT
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from bitlib.checkpoints import load_pretrained
 from bitlib.conv import fold_weight_standardization
-from bitlib.data import load_task, shipped_file
+from bitlib.data import load_task, package_file, resize, shipped_file
 from bitlib.evaluate import evaluate, extract_features, linear_probe, topk_accuracy
 from bitlib.finetune import few_shot, finetune
 from bitlib.hyperrule import hyperrule
@@ -51,10 +52,6 @@ class DigitReader(nn.Module):
 
 def levels_of(images: Tensor) -> Tensor:
     """The 8 x 8 levels that the digits task enlarged to (N, 3, 32, 32), back from scikit-learn's file."""
-    import numpy as np
-
-    from bitlib.data import package_file, resize
-
     rows = np.loadtxt(package_file("sklearn", "datasets/data/digits.csv.gz"), delimiter=",")
     levels = torch.from_numpy(np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
     known = {image.numpy().tobytes(): i for i, image in enumerate(resize(levels.expand(-1, 3, -1, -1), 32))}
@@ -94,16 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     # a mirrored 2 is no 2
     rule = replace(hyperrule(len(task.train), (32, 32), model=model), flip=False)
     if args.steps:
-        rule = replace(rule, steps=args.steps, decay_steps=tuple(args.steps * k // 10 for k in (3, 6, 9)))
+        rule = rule.with_steps(args.steps)
     tuned = finetune(model, task.train, rule, seed=0).model
     result = evaluate(tuned, task.test)
     few = torch.utils.data.Subset(task.train, few_shot(task.train, SHOTS, seed=0))
     probe = linear_probe(*extract_features(model, few), l2=1e-6, num_classes=10)  # hardly any penalty: too sure
     features, few_labels = extract_features(model, task.test)
     few_logits = probe(features)
-    images, labels = (
-        torch.stack(list(part)) for part in zip(*((x, torch.tensor(y)) for x, y in task.test), strict=True)
-    )
+    images, labels = task.test.images, task.test.labels
     reader = DigitReader(fold_weight_standardization(tuned)).eval()
     chosen = [i for digit in range(10) for i in (labels == digit).nonzero().flatten()[:VECTORS].tolist()]
     levels = levels_of(images)

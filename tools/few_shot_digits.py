@@ -101,8 +101,7 @@ class Experiment:
     def rule(self, n: int) -> Rule:
         rule = dataclasses.replace(hyperrule(n, image_size=(32, 32), model=self.pretrained), flip=False)
         if self.steps:
-            decays = tuple(s * self.steps // rule.steps for s in rule.decay_steps)
-            rule = dataclasses.replace(rule, steps=self.steps, decay_steps=decays)
+            rule = rule.with_steps(self.steps)
         return rule
 
     def features(self) -> list[Tensor]:

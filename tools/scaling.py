@@ -24,19 +24,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from bitlib.checkpoints import load_pretrained
-from bitlib.data import GlyphNet, ImageTensorDataset, load_task
-from bitlib.evaluate import extract_features, ridge_classifier
-from bitlib.finetune import few_shot
+from bitlib.data import N_CHARACTERS, GlyphNet, ImageTensorDataset, load_task
+from bitlib.evaluate import extract_features, few_shot_accuracy
 from bitlib.resnet import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = (1, 5, 10, 25)
 SEEDS = tuple(range(10))
-N_CHARACTERS = 50
 
 
 def held_out_characters() -> tuple[ImageTensorDataset, ImageTensorDataset]:
@@ -49,14 +47,6 @@ def held_out_characters() -> tuple[ImageTensorDataset, ImageTensorDataset]:
         chosen = (character < N_CHARACTERS) & (typeface == face)
         parts.append(ImageTensorDataset(images[chosen], character[chosen], n_classes=N_CHARACTERS))
     return parts[0], parts[1]
-
-
-def accuracy(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], shots: int, seed: int, n_classes: int) -> float:
-    """Top-1 of ridge regression on some of the pool's features."""
-    (features, labels), (test_features, test_labels) = pool, test
-    chosen = few_shot(labels, shots, seed=seed)
-    classifier = ridge_classifier(features[chosen], labels[chosen], num_classes=n_classes, seed=seed)
-    return (classifier(test_features).argmax(dim=1) == test_labels).double().mean().item()
 
 
 def networks(folder: Path) -> list[tuple[str, str, nn.Module, str | None]]:
@@ -79,13 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     args = parser.parse_args(argv)
     digits = load_task("digits")
-    tasks = {"digits": (digits.train, digits.test, 10), "characters": (*held_out_characters(), N_CHARACTERS)}
+    tasks = {"digits": (digits.train, digits.test), "characters": held_out_characters()}
     rows = []
     for upstream, architecture, model, sha256 in tqdm(networks(args.checkpoints), unit="network"):
-        for task, (train, test, n_classes) in tasks.items():
+        for task, (train, test) in tasks.items():
             pool, rest = extract_features(model, train), extract_features(model, test)
             for shots in SHOTS:
-                top1 = [accuracy(pool, rest, shots, seed, n_classes) for seed in args.seeds]
+                top1 = few_shot_accuracy(pool, rest, shots, args.seeds).per_seed.tolist()
                 rows.append(
                     {"upstream": upstream, "architecture": architecture, "task": task, "shots": shots, "top1": top1}
                     | {"sha256": sha256}

@@ -31,21 +31,14 @@ from tqdm import tqdm
 
 from bitlib.checkpoints import load_pretrained
 from bitlib.data import Task, load_task
-from bitlib.evaluate import predict_logits
+from bitlib.evaluate import predict_logits, task_rule, topk_accuracy
 from bitlib.finetune import few_shot, finetune, labels_of
-from bitlib.hyperrule import Rule, hyperrule
+from bitlib.hyperrule import hyperrule
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("digits", "textures", "histology")
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEPS = (100, 250, 500)
-
-
-def rule_of(task: Task, n: int, model) -> Rule:
-    """The rule, without the augmentations that change this task's labels."""
-    height, width = task.train[0][0].shape[-2:]
-    rule = hyperrule(n, (height, width), model=model)
-    return dataclasses.replace(rule, flip=getattr(task, "flip", False), random_crop=getattr(task, "crop", True))
 
 
 def split(task: Task, shots: int, seed: int) -> tuple[list[int], list[int]]:
@@ -59,17 +52,13 @@ def split(task: Task, shots: int, seed: int) -> tuple[list[int], list[int]]:
     return train, few_shot(labels, n_val, seed=1_000 + seed, exclude=train)
 
 
-def top1(model, dataset) -> float:
-    logits, labels = predict_logits(model, dataset)
-    return (logits.argmax(dim=1) == labels).double().mean().item()
-
-
 def run(pretrained, task: Task, shots: int, seed: int, rate: float | None, steps: int | None) -> dict:
     train, val = split(task, shots, seed)
-    rule = rule_of(task, len(train), pretrained)
-    rule = dataclasses.replace(rule, base_lr=rate or rule.base_lr).with_steps(steps or rule.steps)
+    rule = task_rule(task, pretrained, steps)
+    rule = dataclasses.replace(rule, base_lr=rate or rule.base_lr)
     model = finetune(pretrained, Subset(task.train, train), rule, seed=seed, progress=False).model
-    return {"val_top1": top1(model, Subset(task.train, val)), "test_top1": top1(model, task.test)}
+    parts = {"val_top1": Subset(task.train, val), "test_top1": task.test}
+    return {name: topk_accuracy(*predict_logits(model, part)) for name, part in parts.items()}
 
 
 def mean_by(rows: list[dict], key: str) -> dict[tuple[float, int], float]:
