@@ -730,7 +730,7 @@ class History:
         return {"loss": sum(self.loss[-n:]) / n, "grad_norm": sum(self.grad_norm[-n:]) / n, "lr": self.lr[-1]}
 
 
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, push it to the disk, then give it its name: whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -761,7 +761,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a JSON-able dict to one safetensors file, atomically, with a checksum."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = json.dumps({**about, "crc32": _checksum(tensors)})
-    _write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"about": about}))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"about": about}))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -846,7 +846,7 @@ class _Run:
             with self.writing(path.name):
                 lines = path.read_text().splitlines() if path.exists() else []
                 kept = "".join(line + "\n" for line in lines if 0 <= _step_of(line) <= step)
-                _write_atomically(path, lambda temporary: temporary.write_text(kept))
+                write_atomically(path, lambda temporary: temporary.write_text(kept))
                 self.log = open(path, "a", buffering=1)
             if self.wants_board:
                 try:
@@ -1633,7 +1633,7 @@ def write_model(run_dir: Path, model: nn.Module, config: PretrainConfig, groups:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     text = json.dumps(card, indent=2) + "\n"
-    _write_atomically(run_dir / "card.json", lambda temporary: temporary.write_text(text))
+    write_atomically(run_dir / "card.json", lambda temporary: temporary.write_text(text))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

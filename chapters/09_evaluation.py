@@ -57,8 +57,7 @@ import hashlib
 import io
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,6 +88,7 @@ from bitlib.data import to_tensor as _to_tensor
 from bitlib.finetune import few_shot as _few_shot
 from bitlib.finetune import finetune, labels_of
 from bitlib.hyperrule import Rule, hyperrule
+from bitlib.pretrain import write_atomically
 from bitlib.resnet import create_model
 
 # %% [markdown]
@@ -1491,12 +1491,14 @@ plt.show()
 # be compared in pairs:
 
 
+# %% tags=["export"]
+def right_images(row: dict) -> Tensor:
+    """Which test images a row of results got right: booleans (N,)."""
+    # a bit for each image after a leading 1, in hexadecimal
+    return torch.tensor([bit == "1" for bit in f"{int(row['right'], 16):b}"[1:]])
+
+
 # %%
-def right_images(run):
-    """Which test images a run got right, (797,): a bit for each, after a leading 1, in hexadecimal."""
-    return torch.tensor([bit == "1" for bit in f"{int(run['right'], 16):b}"[1:]])
-
-
 for seed in seeds:
     pair = [right_images(runs[method, seed]) for method in ("bit-mini-m finetuned", "scratch")]
     assert abs(pair[0].double().mean() - table["bit-mini-m finetuned"][seed]) < 1e-9
@@ -1583,9 +1585,7 @@ def task_rule(task: Task, model: nn.Module, steps: int | None = None) -> Rule:
     steps: a shorter run, its decays at the same shares of it; to try things out, not the rule's.
     """
     rule = hyperrule(len(task.train), tuple(_to_tensor(task.train[0][0]).shape[1:]), model=model)
-    if steps is not None:
-        decays = tuple(s * steps // rule.steps for s in rule.decay_steps)
-        rule = replace(rule, steps=steps, decay_steps=decays, warmup_steps=rule.warmup_steps * steps // rule.steps)
+    rule = rule if steps is None else rule.with_steps(steps)
     return replace(rule, flip=rule.flip and task.flip, random_crop=rule.random_crop and task.crop)
 
 
@@ -1631,20 +1631,18 @@ def read_suite(path: str | Path) -> SuiteResults:
     return SuiteResults(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the names and values of tensors, such as a model's state dict, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith("head."):  # a suite gives each task a head of its own
-            continue
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # %% [markdown]
@@ -1689,7 +1687,9 @@ def evaluate_suite(
         for word in given:
             if word not in known:
                 raise ValueError(f"no {what} {word!r} in {suite}; there are {', '.join(known)}")
-    about = {"architecture": model.name, "weights_sha256": _weights_digest(model)}
+    # without the head: a suite gives each task one of its own
+    backbone = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    about = {"architecture": model.name, "weights_sha256": weights_digest(backbone)}
     results = SuiteResults(suite=suite, steps=steps, models={}, rates_tried=[], rows=[], failed={})
     if out is not None and Path(out).exists():
         results = read_suite(out)
@@ -1816,11 +1816,6 @@ class SuiteScore(NamedTuple):
     low: float
     high: float
     n_seeds: int
-
-
-def right_images(row: dict) -> Tensor:
-    """Which test images a row of results got right: booleans (N,)."""
-    return torch.tensor([bit == "1" for bit in f"{int(row['right'], 16):b}"[1:]])
 
 
 def _outcomes(results: dict, model: str, method: str, examples, tasks: Sequence[str]) -> dict[str, dict] | None:

@@ -80,10 +80,10 @@ from tqdm import tqdm
 import bitlib
 from bitlib.checkpoints import CheckpointError, load_pretrained, read_metadata, save_checkpoint
 from bitlib.data import ImageTensorDataset, normalize, resize, to_tensor
-from bitlib.evaluate import Evaluation, Metrics, predict_logits
+from bitlib.evaluate import Evaluation, Metrics, predict_logits, weights_digest
 from bitlib.finetune import Duplicate, few_shot, find_duplicates, finetune, labels_of
 from bitlib.hyperrule import Rule, hyperrule
-from bitlib.pretrain import History, TrainingError, TrainingInterrupted
+from bitlib.pretrain import History, TrainingError, TrainingInterrupted, write_atomically
 from bitlib.pretrain import main as pretrain_main
 
 # %% [markdown]
@@ -913,9 +913,7 @@ def write_report(
 # %% tags=["export"]
 def _write(path: Path, content: str) -> None:
     """Whole or not at all, under its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -1006,14 +1004,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """A hash of all of a model's weights."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
-
-
 def _open_run(out: Path, settings: dict, command: str) -> dict:
     """Make the run folder ready. Returns what its run.json says; DataError where it belongs to something else."""
     try:
@@ -1102,7 +1092,8 @@ def finetune_command(
     checked = check_images(dataset, progress)
     _stop_or_note(checked, on_bad_image, data)
     labels = dataset.labels[checked.good]
-    missing = [name for i, name in enumerate(dataset.classes) if i not in labels.tolist()]
+    present = set(labels.tolist())
+    missing = [name for i, name in enumerate(dataset.classes) if i not in present]
     if missing:
         raise DataError(f"no picture of the class {missing[0]!r} in {data} can be used")
     notes, left_out = [], list(checked.left_out)
@@ -1139,7 +1130,8 @@ def finetune_command(
         duplicates = [_named(pair, train_names, val_names) for pair in pairs]
         if duplicates:
             notes.append(f"{len(duplicates)} held-out pictures are in the training part too, or nearly; see below")
-        without = [name for i, name in enumerate(dataset.classes) if i not in labels_of(val_set).tolist()]
+        tested = set(labels_of(val_set).tolist())
+        without = [name for i, name in enumerate(dataset.classes) if i not in tested]
         if without:
             notes.append(f"nothing is held out of {len(without)} classes, such as {without[0]!r}")
         if keep == "best":
@@ -1165,7 +1157,7 @@ def finetune_command(
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()},
         "rule": dataclasses.asdict(rule),
-        "start": _fingerprint(pretrained),
+        "start": weights_digest(pretrained.state_dict()),
         "files": hashlib.sha256(listing.encode()).hexdigest(),
     }
     command = _command_line(context)
@@ -1222,7 +1214,7 @@ def finetune_command(
     metadata = {"classes": json.dumps(dataset.classes), "rule": json.dumps(dataclasses.asdict(rule)), "from": model}
     save_checkpoint(result.model.cpu(), out / "model.safetensors", metadata)
     shutil.copymode(out / "rule.json", out / "model.safetensors")  # safetensors lets only the owner read
-    about["result"] = found | {"weights": _fingerprint(result.model)}
+    about["result"] = found | {"weights": weights_digest(result.model.state_dict())}
     _write(out / "run.json", json.dumps(about, indent=2) + "\n")  # last: from here on the run is finished
     for path in [*out.glob("step-*.safetensors"), *out.glob("best.safetensors")]:
         path.unlink()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import types
-import venv
 import zlib
 from pathlib import Path
 
@@ -933,18 +932,10 @@ def test_the_report_shows_mistakes_and_many_classes(tiny, tmp_path):
 
 @pytest.mark.slow
 @needs_browser
-def test_a_users_whole_way_from_an_installed_wheel(tmp_path):
+def test_a_users_whole_way_from_an_installed_wheel(installed, tmp_path):
     """Ten digits, twenty PNGs each, in an empty folder, without the repository and without a network."""
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "env", with_pip=True, symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, timeout=300)
-    (site_packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    (here,) = {str(Path(path)) for path in sys.path if path.endswith("site-packages")}
-    (site_packages / "packages.pth").write_text(here)
+    python = installed / "bin" / "python"
+    (site_packages,) = (installed / "lib").glob("python*/site-packages")
     (site_packages / "sitecustomize.py").write_text(
         "import socket\n"
         "def refuse(*args, **kwargs):\n    raise OSError('the network is off')\n"
@@ -961,7 +952,7 @@ def test_a_users_whole_way_from_an_installed_wheel(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def bitlib(*words):
-        script = tmp_path / "env" / "bin" / "bitlib"
+        script = installed / "bin" / "bitlib"
         done = subprocess.run([script, *words], cwd=home, env=environment, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, done.stderr
         return done.stdout

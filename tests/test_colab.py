@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -60,15 +59,6 @@ def link_distribution(name: str, target: Path) -> None:
 def site_packages(environment: Path) -> Path:
     (found,) = (environment / "lib").glob("python*/site-packages")
     return found
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (path,) = out.glob("*.whl")
-    return path
 
 
 @pytest.fixture(scope="module")
