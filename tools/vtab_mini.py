@@ -9,9 +9,11 @@ or 125 for the faces). For each checkpoint that is there (BiT-mini-S, -M, -L)
   ridge      ridge regression on the frozen features
   probe      multinomial logistic regression on the frozen features
 
-and once, because it needs no checkpoint,
+and once, because they need no checkpoint,
 
   scratch    the same network from random weights, as many steps, at its own best of six learning rates
+  untrained  ridge and probe on the features of random weights: what the architecture sees before it has learned
+             anything, and so how much of a task is easy
 
 The rate from scratch is chosen for each task and setting by the accuracy on the validation fifth of the training
 images, over --rate-seeds. Test images are never used to choose anything.
@@ -34,12 +36,17 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from bitlib.checkpoints import load_pretrained
 from bitlib.evaluate import SCRATCH_RATES, SUITE_METHODS, SuiteResults, evaluate_suite, read_suite, suite_tasks
 from bitlib.hyperrule import hyperrule
+from bitlib.resnet import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("BiT-mini-S", "BiT-mini-M", "BiT-mini-L")
+UNTRAINED = "untrained"
+MODELS = (UNTRAINED, "BiT-mini-S", "BiT-mini-M", "BiT-mini-L")
 ORDER = ("ridge", "probe", "finetuned", "scratch")  # the quick ones first
 TOGETHER = (("ridge", "probe"), ("finetuned",), ("scratch",))  # the first two share their features
 
@@ -67,6 +74,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def random_features(architecture: str = "R26x0.25") -> nn.Module:
+    """The minis' network before any training."""
+    torch.manual_seed(0)
+    return create_model(architecture, num_classes=0)
+
+
 def forget(path: Path, models: list[str]) -> None:
     """Take the results of some models out of the file ("scratch" is one of them)."""
     results = read_suite(path)
@@ -78,6 +91,13 @@ def forget(path: Path, models: list[str]) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def users(method: str, models: dict) -> list[str]:
+    """The names under which a method's results stand: a model's, or "scratch" for all of them."""
+    if method == "scratch":
+        return ["scratch"]
+    return [name for name in models if method != "finetuned" or name != UNTRAINED]
+
+
 def plan(args: argparse.Namespace, models: dict) -> str:
     """How many runs are left, and the optimiser steps in them."""
     results = read_suite(args.out) if args.out.exists() else SuiteResults(rows=[], rates_tried=[])
@@ -86,7 +106,7 @@ def plan(args: argparse.Namespace, models: dict) -> str:
     tasks, settings = args.tasks or list(suite_tasks("vtab-mini")), [s or "all" for s in args.examples]
     left = dict.fromkeys(ORDER, 0)
     for method in args.methods:
-        for name in ["scratch"] if method == "scratch" else models:
+        for name in users(method, models):
             wanted = {(name, method, s, task, seed) for s in settings for task in tasks for seed in args.seeds}
             left[method] += len(wanted - done)
     if "scratch" in args.methods:
@@ -104,6 +124,9 @@ def main(argv: list[str] | None = None) -> int:
         forget(args.out, args.forget)
     models, absent = {}, []
     for name in args.models:
+        if name == UNTRAINED:
+            models[name] = random_features()
+            continue
         try:
             models[Path(name).stem if Path(name).suffix else name] = load_pretrained(name)
         except (FileNotFoundError, ValueError) as error:
@@ -120,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     for group in TOGETHER:
         methods = [method for method in group if method in args.methods]
         for examples in args.examples if methods else ():
-            # from scratch only the architecture counts, and the minis share one
-            chosen = list(models.items())[: 1 if methods == ["scratch"] else None]
+            # from scratch only the architecture counts: the first one's
+            chosen = [(name, models.get(name) or next(iter(models.values()))) for name in users(methods[0], models)]
             # one seed of all tasks after the other, so that a run cut short still has whole suites
             turns = [args.seeds] if "ridge" in methods or "probe" in methods else [[seed] for seed in args.seeds]
             for seeds, (name, model) in itertools.product(turns, chosen):

@@ -1,0 +1,106 @@
+"""What does the pre-training loop cost beside the bare computation? And does it ever wait for its images?
+
+    python tests/bench/bench_pretrain.py [--rounds 9] [--steps 10] [--model R26x0.25]
+
+Takes in turn, round after round in one process, so that whatever slows the machine slows both:
+
+  loop   `bitlib.pretrain.train` on GlyphNet at batch 128: it renders every image, clips, logs, handles signals
+  bare   forward, loss, backward and torch.optim.SGD on images that are in memory already
+
+and then GlyphNet's rendering of a batch alone. Prints images a second as medians over the rounds, and the two shares
+that matter: the loop's speed beside the bare one's (1 is a loop that costs nothing), and how much of a step's time the
+rendering of its batch takes, which the loop spends in a thread of its own while the step before computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from bitlib.data import GlyphNet
+from bitlib.pretrain import enlarge, shard_indices, train, upstream_loss
+from bitlib.resnet import create_model
+
+BATCH, SIDE = 128, 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=10, help="steps of each contestant in a round")
+    parser.add_argument("--model", default="R26x0.25")
+    args = parser.parse_args(argv)
+
+    data = GlyphNet("M")
+    groups = list(data.groups)
+    torch.manual_seed(0)
+    models = [create_model(args.model, sum(group.n_classes for group in groups)) for _ in range(2)]
+    models[1].lay_out_filters()  # what train() does to its own: the loops are compared, not the layouts
+
+    def loss_fn(logits, targets):
+        return upstream_loss(logits, targets, groups, "softmax", 0.0)
+
+    def render(step: int):
+        images, targets = data.batch(shard_indices(step, BATCH, len(data)))
+        return enlarge(images, SIDE), targets
+
+    ready = [render(step) for step in range(args.steps)]
+    ready = [(x.contiguous(memory_format=torch.channels_last), targets) for x, targets in ready]
+    optimizer = torch.optim.SGD(models[1].parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    models[1].train()
+
+    def loop() -> float:
+        """From the end of the first step to the end of the last: the threads are started by then."""
+        times: list[float] = []
+        train(
+            models[0],
+            render,
+            loss_fn,
+            lambda step: 0.01,
+            args.steps + 1,
+            weight_decay=1e-4,
+            clip_norm=10.0,
+            progress=False,
+            on_step=lambda step, model: times.append(time.perf_counter()),
+        )
+        return times[-1] - times[0]
+
+    def bare() -> float:
+        start = time.perf_counter()
+        for x, targets in ready:
+            optimizer.zero_grad()
+            loss_fn(models[1](x), targets).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    def rendering() -> float:
+        start = time.perf_counter()
+        for step in range(args.steps):
+            render(step)
+        return time.perf_counter() - start
+
+    contestants = {"loop": loop, "bare": bare, "rendering alone": rendering}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(args.rounds + 1):
+        for name, run in contestants.items():
+            took = run()
+            if number:  # the first round warms up
+                seconds[name].append(took)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{args.model}, batch {BATCH} at {SIDE}x{SIDE}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    for name, median in medians.items():
+        print(f"{name:16s}{BATCH * args.steps / median:9.1f} images/s")
+    print(f"the loop's speed is {medians['bare'] / medians['loop']:.2f} of the bare one's")
+    print(f"rendering a batch takes {medians['rendering alone'] / medians['loop']:.2f} of a step's time, beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
