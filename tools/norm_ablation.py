@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
+from scaling import held_out_characters
 from torch import nn
 from tqdm import tqdm
 
@@ -43,7 +44,6 @@ from bitlib.pretrain import (
     write_atomically,
 )
 from bitlib.resnet import create_model
-from scaling import held_out_characters
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("GN+WS", "GN", "BN+WS", "BN")
