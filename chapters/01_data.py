@@ -19,7 +19,7 @@
 # At the end of this chapter we can bring any picture into the form that BiT expects, and we have data for the whole
 # book without a download: *GlyphNet* to pre-train on, and scanned handwriting to transfer to.
 #
-# **Runtime:** about 1 minute on two CPU cores.
+# **Runtime:** about half a minute on two CPU cores.
 #
 # **Builds on:** basic PyTorch. Nothing else in the book comes before it.
 
@@ -2226,6 +2226,7 @@ print(f"{sum(map(len, VTAB_MINI.values()))} tasks in {len(VTAB_MINI)} groups")
 
 # %% [markdown]
 # ```{admonition} Where sources disagree
+# :class: note
 # - **The range.** Two widely-copied summaries of BiT feed images in $[0, 1]$, or normalised with ImageNet's mean and
 #   standard deviation. The released code {cite}`bittransfer_code` normalises with mean 0.5 and standard deviation 0.5,
 #   that is to $[-1, 1]$, and its `.npz` weights need that. The same models on TensorFlow Hub take $[0, 1]$, because

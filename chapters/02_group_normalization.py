@@ -19,7 +19,7 @@
 # At the end of this chapter we have `GroupNorm`, the only normalisation layer in BiT: derived from its equation,
 # with a gradient worked out by hand, and equal to PyTorch's.
 #
-# **Runtime:** about 1 minute on two CPU cores.
+# **Runtime:** about a minute on two CPU cores.
 #
 # **Builds on:** basic PyTorch, and the digits of the data chapter.
 

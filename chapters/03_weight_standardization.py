@@ -19,7 +19,7 @@
 # At the end of this chapter we have `StdConv2d`, the convolution of BiT, and `fold_weight_standardization`, which
 # takes the standardising out of a trained network without changing one bit of what it computes.
 #
-# **Runtime:** about 1 minute on two CPU cores.
+# **Runtime:** about 25 seconds on two CPU cores.
 #
 # **Builds on:** group normalization, the chapter before this one.
 

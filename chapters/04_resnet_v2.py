@@ -19,7 +19,7 @@
 # At the end of this chapter you have BiT's network, from the mini that trains in minutes to R152x4 with its 928
 # million parameters, as one short module that you can prove equal to timm's and that runs faster.
 #
-# **Runtime:** about 1 minute on two CPU cores. **Builds on:** the group normalization and the weight
+# **Runtime:** about a minute on two CPU cores. **Builds on:** the group normalization and the weight
 # standardization of the two chapters before.
 
 # %% tags=["setup", "remove-cell"]

@@ -21,7 +21,7 @@
 # that can be killed at any moment and goes on as if nothing had happened; `pretrain` puts GlyphNet and a network into
 # it; and a small network will have learned, on this page, to read a hundred characters.
 #
-# **Runtime:** about 2 minutes on two CPU cores.
+# **Runtime:** about a minute on two CPU cores.
 #
 # **Builds on:** the data chapter (GlyphNet), the ResNet-v2 chapter, and the checkpoints chapter.
 

@@ -20,7 +20,7 @@
 # data, how many labelled images there are and how large they are, and you know which of those values come
 # from the paper, which from the released code, and where the two differ.
 #
-# **Runtime:** about 15 seconds on two CPU cores. **Builds on:** the network of the ResNet-v2 chapter and the
+# **Runtime:** about 10 seconds on two CPU cores. **Builds on:** the network of the ResNet-v2 chapter and the
 # schedules of the pre-training chapter.
 
 # %% tags=["setup", "remove-cell"]

@@ -20,7 +20,7 @@
 # its probabilities can be believed, and how sure we may be of either; `evaluate_suite(model)`, which makes a table over
 # thirteen tasks, as BiT's authors did over nineteen; and the numbers that show what transfer is worth.
 #
-# **Runtime:** about two minutes on two CPU cores.
+# **Runtime:** about half a minute on two CPU cores.
 #
 # **Builds on:** {doc}`01_data` (images, tasks), {doc}`05_checkpoints` (`load_pretrained`), {doc}`07_hyperrule` (the rule)
 # and {doc}`08_finetuning` (`finetune`, `few_shot`).
@@ -2556,6 +2556,28 @@ print(f"intercept by centring or by a constant of 100: weights differ by {np.abs
 assert np.abs(ours - by_constant).max() < 1e-3
 
 # %% [markdown]
+# And what a number does when it means a logit to one function and a probability to the other, when it is halved, and when
+# it is tied:
+
+# %%
+inside, both = torch.tensor([[0.1, 0.9], [0.8, 0.3]]), torch.tensor([1, 0])  # logits that look like probabilities
+as_logits = expected_calibration_error(inside, both)
+as_probabilities = tm.multiclass_calibration_error(inside, both, num_classes=2, n_bins=15).item()
+print(f"ECE of logits within 0 to 1: {as_logits:.4f}; taken for probabilities {as_probabilities:.4f}")
+assert as_logits > as_probabilities + 0.1
+
+chances = torch.tensor([[0.3, 0.7], [0.9, 0.1]], dtype=torch.float64)
+summed = brier_score(chances.log(), torch.tensor([1, 1]))
+halved = sklearn.metrics.brier_score_loss([1, 1], chances[:, 1], pos_label=1)
+print(f"Brier score of two classes: {summed:.2f}; scikit-learn's {halved:.2f}")
+assert abs(summed - 2 * halved) < 1e-12
+
+tied, first = torch.zeros(1, 3), torch.tensor([0])
+highest = sklearn.metrics.top_k_accuracy_score(first, tied, k=1, labels=range(3))
+print(f"three equal logits, true class 0: top-1 is {topk_accuracy(tied, first):.0f}; scikit-learn's {highest:.0f}")
+assert topk_accuracy(tied, first) == 1 and highest == 0
+
+# %% [markdown]
 # ## Exercises
 #
 # **1. Ties, seen pessimistically.** A stricter rule counts a tie against the classifier: the true class is
@@ -2716,10 +2738,14 @@ def check_bootstrap_any(function: Callable) -> None:
     """Check a percentile bootstrap for any statistic of (logits, labels)."""
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(400, 3, generator=generator), torch.randint(3, (400,), generator=generator)
+    logits[range(400), labels] += 2  # well above chance, which is all that logits and labels drawn apart would give
     low, high = (float(end) for end in function(topk_accuracy, logits, labels, 2000, 0))
     share = topk_accuracy(logits, labels)
     half = 1.96 * (share * (1 - share) / 400) ** 0.5
-    assert low < share < high, f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}"
+    assert low < share < high, (
+        f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}; "
+        "the same draw of indices serves logits and labels"
+    )
     assert abs((high - low) / (2 * half) - 1) < 0.15, (
         f"for an accuracy of {share:.3f} on 400 examples the width should be near {2 * half:.3f}, "
         f"not {high - low:.3f}; "

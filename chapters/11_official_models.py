@@ -20,7 +20,7 @@
 # Flowers-102 in Colab, with the same functions that fine-tuned our minis; and you know how much memory a batch of
 # 512 takes, and how to make it fit.
 #
-# **Runtime:** about a minute on two CPU cores, on a stand-in. With a GPU and a network the real runs are 500 steps of
+# **Runtime:** about 15 seconds on two CPU cores, on a stand-in. With a GPU and a network the real runs are 500 steps of
 # 512 images each, at 128 and at 384 pixels. **Builds on:** {doc}`05_checkpoints`, {doc}`08_finetuning`,
 # {doc}`09_evaluation` and the named data sets of {doc}`10_your_own_images`.
 #

@@ -4,7 +4,9 @@ import base64
 import hashlib
 import http.server
 import multiprocessing
+import os
 import re
+import stat
 import threading
 import zipfile
 
@@ -193,6 +195,19 @@ def test_a_checkpoint_without_a_head(tmp_path):
     model = random_model(num_classes=0)
     assert load_pretrained(save_npz(model, tmp_path / "a.npz")).num_classes == 0
     assert same(model, load_pretrained(save_checkpoint(model, tmp_path / "a.safetensors")))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the umask is POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+@pytest.mark.parametrize("save", [save_checkpoint, save_npz])
+def test_who_may_read_a_file_is_for_the_umask_to_say(save, umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        path = save(random_model(), tmp_path / f"model{'.npz' if save is save_npz else '.safetensors'}")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_load_into_a_model_you_have(npz, model, tmp_path):

@@ -88,14 +88,15 @@ def ece(confidence, correct, n_bins, right=False, weighted=True):
     return total
 
 
-def bootstrap(statistic, logits, labels, n_resamples, seed, size=None, seeded=True):
+def bootstrap(statistic, logits, labels, n_resamples, seed, size=None, seeded=True, together=True):
     generator = torch.Generator().manual_seed(seed)
     if not seeded:
         generator.seed()
     n, values = len(labels), []
     for _ in range(n_resamples):
         drawn = torch.randint(n, (size or n,), generator=generator)
-        values.append(statistic(logits[drawn], labels[drawn]))
+        other = drawn if together else torch.randint(n, (size or n,), generator=generator)
+        values.append(statistic(logits[drawn], labels[other]))
     return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
 
 
@@ -526,6 +527,7 @@ WRONG = {
     ],
     "check_bootstrap_any": [
         ("half as many", [lambda f, z, y, r, s: bootstrap(f, z, y, r, s, size=200)], "width should be near"),
+        ("drawn apart", [lambda f, z, y, r, s: bootstrap(f, z, y, r, s, together=False)], "same draw of indices"),
         ("no seed", [lambda f, z, y, r, s: bootstrap(f, z, y, r, s, seeded=False)], "same seed"),
         (
             "a point",

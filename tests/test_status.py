@@ -1,6 +1,7 @@
 """The tool behind the status page measures a real kernel, and the page shows what it wrote."""
 
 import json
+import re
 from pathlib import Path
 
 import book_extension
@@ -8,6 +9,7 @@ import pytest
 import status
 from book import ROOT, chapter_paths
 
+STATUS = ROOT / book_extension.STATUS
 CHAPTER = """# %% [markdown]
 # # Tiny
 
@@ -59,12 +61,32 @@ def test_the_page_shows_every_chapter(tmp_path: Path, monkeypatch: pytest.Monkey
     assert text.count("| 61 s | 1,234 MiB |") == len(names) - 1
     assert f"{names[0]}.ipynb) | not measured yet | not measured yet |" in text
     assert "2 CPU cores (a processor)" in text
+    assert book_extension.measured(names[0]) == ""
+    assert book_extension.measured(names[1]) == " ([measured](../pages/status.md): 61 s)"
+
+
+SPOKEN = {"half a minute": 30, "a minute": 60, "a minute and a half": 90, "two minutes": 120, "three minutes": 180}
+
+
+def stated_seconds(path: Path) -> int:
+    """The rounded runtime that a chapter's head states."""
+    (text,) = book_extension.RUNTIME_LINE.findall(path.read_text(encoding="utf-8"))
+    number = re.fullmatch(r"(\d+) seconds", text)
+    return int(number[1]) if number else SPOKEN[text]
+
+
+@pytest.mark.parametrize("path", chapter_paths(), ids=lambda path: path.stem)
+def test_the_head_of_a_chapter_states_about_what_was_measured(path: Path):
+    stated = stated_seconds(path)
+    run = json.loads(STATUS.read_text(encoding="utf-8"))["chapters"].get(path.stem) if STATUS.exists() else None
+    if run is None:
+        pytest.skip("not measured yet: make status")
+    assert stated / 2 < run["seconds"] < stated * 2, "round the measured seconds in the chapter's head"
 
 
 def test_the_committed_measurement_is_of_chapters_that_exist():
-    path = ROOT / "data" / "results" / "status.json"
-    if not path.exists():
+    if not STATUS.exists():
         pytest.skip("not measured yet: make status")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(STATUS.read_text(encoding="utf-8"))
     assert set(found["chapters"]) <= {chapter.stem for chapter in chapter_paths()}
     assert all(run["seconds"] > 0 and run["peak_mib"] > 50 for run in found["chapters"].values())

@@ -31,6 +31,7 @@ from sphinx.util.docutils import SphinxDirective
 from vendor import available, folder
 
 MARK = re.compile(r"^% generated: ([\w-]+)$", re.M)
+RUNTIME_LINE = re.compile(r"\*\*Runtime:\*\* about ([\w ]+) on two\s+CPU\s+cores")
 STATUS = "data/results/status.json"
 DEMO = "pages/_static/demo"
 RUNTIME = "onnxruntime-web"
@@ -53,7 +54,7 @@ def link(chapter: Chapter) -> str:
 
 
 def add_companion(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Put hints after the stubs of a notebook and the quiz at its end, as cells; fill the marked lines of a page."""
+    """Put hints after the stubs of a notebook, the quiz at its end and its runtime at its head; fill a page's marks."""
     path = ROOT / f"{docname}.py"
     if path in chapter_paths():
         notebook = json.loads(source[0])
@@ -61,6 +62,8 @@ def add_companion(app: Sphinx, docname: str, source: list[str]) -> None:
         cells = []
         for cell in notebook["cells"]:
             cells.append(cell)
+            if cell["cell_type"] == "markdown":
+                cell["source"] = RUNTIME_LINE.sub(rf"\g<0>{measured(path.stem)}", "".join(cell["source"]))
             if "exercise" in cell["metadata"].get("tags", ()):
                 check = re.search(r"# (check_\w+)\(", "".join(cell["source"]))
                 if check and check[1] in companion.hints:
@@ -73,6 +76,13 @@ def add_companion(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = json.dumps(notebook)
     elif docname.startswith("pages/"):
         source[0] = MARK.sub(lambda mark: GENERATED[mark[1]](), source[0])
+
+
+def measured(stem: str) -> str:
+    """What follows the rounded runtime at a chapter's head: what the status page has, if anything was measured."""
+    path = ROOT / STATUS
+    runs = json.loads(path.read_text(encoding="utf-8"))["chapters"] if path.exists() else {}
+    return f" ([measured](../pages/status.md): {runs[stem]['seconds']:.0f} s)" if stem in runs else ""
 
 
 def markdown_cell(name: str, text: str) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def chapter_map() -> str:
     """Which chapter exports which module, what that imports, and what it gives."""
     chapters = read_chapters()
     order = [chapter.module for chapter in chapters if chapter.module]
-    rows = ["| chapter | module | builds on | gives |", "|---|---|---|---|"]
+    rows = ["{.stacked .map}", "| chapter | module | builds on | gives |", "|---|---|---|---|"]
     for chapter in chapters:
         names = f"`bitlib.{chapter.module}`" if chapter.module else "none: it uses what is there"
         needs = needed(chapter, order)
@@ -341,7 +351,9 @@ GENERATED = {
 
 
 def depend_on_chapters(app: Sphinx, docname: str, source: list[str]) -> None:
-    """A page with a marked line is read again when a chapter, its companion or the status changes."""
+    """A page with a marked line is read again when a chapter, its companion or the status changes; a chapter, too."""
+    if docname.startswith("chapters/"):
+        app.env.note_dependency(str(ROOT / STATUS))
     if docname.startswith("pages/") and MARK.search(source[0]):
         for path in chapter_paths():
             for name in (path, companion_path(path)):

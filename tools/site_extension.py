@@ -70,6 +70,8 @@ def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
     for cell in doctree.findall(nodes.container):
         for tag, name in FOLDED.items():
             if f"tag_{tag}" in cell.get("classes", []) and "hide_mode" in cell:
+                if tag == "check" and "def check_" not in cell.astext():
+                    name = "what the checkers need"
                 cell["prompt_show"], cell["prompt_hide"] = f"Show {name}", f"Hide {name}"
 
 

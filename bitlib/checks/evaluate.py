@@ -79,10 +79,14 @@ def check_bootstrap_any(function: Callable) -> None:
     """Check a percentile bootstrap for any statistic of (logits, labels)."""
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(400, 3, generator=generator), torch.randint(3, (400,), generator=generator)
+    logits[range(400), labels] += 2  # well above chance, which is all that logits and labels drawn apart would give
     low, high = (float(end) for end in function(topk_accuracy, logits, labels, 2000, 0))
     share = topk_accuracy(logits, labels)
     half = 1.96 * (share * (1 - share) / 400) ** 0.5
-    assert low < share < high, f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}"
+    assert low < share < high, (
+        f"the interval {low:.3f} to {high:.3f} should hold the sample's own accuracy {share:.3f}; "
+        "the same draw of indices serves logits and labels"
+    )
     assert abs((high - low) / (2 * half) - 1) < 0.15, (
         f"for an accuracy of {share:.3f} on 400 examples the width should be near {2 * half:.3f}, "
         f"not {high - low:.3f}; "
