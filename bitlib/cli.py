@@ -73,7 +73,17 @@ from tqdm import tqdm
 import bitlib
 from bitlib.checkpoints import CheckpointError, load_pretrained, read_metadata, save_checkpoint
 from bitlib.data import ImageTensorDataset, normalize, resize, to_tensor
-from bitlib.evaluate import Evaluation, Metrics, predict_logits, weights_digest
+from bitlib.evaluate import (
+    SUITE_METHODS,
+    Evaluation,
+    Metrics,
+    SuiteResults,
+    evaluate_suite,
+    predict_logits,
+    suite_label,
+    suite_tasks,
+    weights_digest,
+)
 from bitlib.finetune import Duplicate, few_shot, find_duplicates, finetune, labels_of
 from bitlib.hyperrule import Rule, hyperrule
 from bitlib.pretrain import History, TrainingError, TrainingInterrupted, write_atomically
@@ -989,16 +999,47 @@ def _summary(result: dict, out: Path) -> str:
     )
 
 
+_SUITE_ONLY = ("examples", "methods", "tasks", "seeds", "out", "data_dir")
+
+
 @_one_line_errors
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    data: Annotated[str, typer.Argument(metavar="FOLDER", help="Class folders, a CSV of path,label, or cifar10 ...")],
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run; for a suite also a checkpoint.")],
+    data: Annotated[
+        str | None, typer.Argument(metavar="FOLDER", help="Class folders, a CSV of path,label, or cifar10 ...")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     on_bad_image: Annotated[Literal["skip", "stop"], typer.Option(help="Go on without a bad file, or stop.")] = "skip",
     max_pixels: Annotated[int, typer.Option(min=1, help="Refuse pictures with more pixels than this.")] = MAX_PIXELS,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU where there is one.")] = None,
+    suite: Annotated[str | None, typer.Option(help="In place of FOLDER: vtab-mini, or vtab-1k.")] = None,
+    examples: Annotated[str, typer.Option(help="Suite: training images a task, a number or all.")] = "100",
+    methods: Annotated[
+        list[str], typer.Option(metavar="METHOD...", help=f"Suite: some of {', '.join(SUITE_METHODS)}.")
+    ] = ("ridge",),
+    tasks: Annotated[list[str] | None, typer.Option(metavar="TASK...", help="Suite: some tasks, not all.")] = None,
+    seeds: Annotated[list[int], typer.Option(metavar="SEED...", min=0, help="Suite: one draw of images each.")] = (
+        *range(5),
+    ),
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Suite: save each result; go on from there.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Suite vtab-1k: where the data sets are.")] = None,
 ) -> None:
-    """Measure a classifier on labelled pictures: accuracy with its interval, loss, calibration."""
+    """Measure a classifier on labelled pictures: accuracy with its interval, loss, calibration.
+
+    With --suite, measure what a checkpoint is worth for a suite of other tasks: bitlib evaluate BiT-mini-M --suite
+    vtab-mini. RUN is then a run, a checkpoint's name or its file, and comes first; options that take several values
+    (--methods, --tasks, --seeds) take them one after the other.
+    """
+    if (data is None) == (suite is None):
+        raise DataError("give either a FOLDER of labelled pictures or --suite vtab-mini" + (", not both" * bool(data)))
+    if suite is not None:
+        _evaluate_suite(run, suite, examples, methods, tasks, seeds, out, data_dir, device, as_json)
+        return
+    for name in _SUITE_ONLY:
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            raise DataError(f"--{name.replace('_', '-')} is for a suite; add --suite vtab-mini, or leave it out")
+    run = Path(run)
     loaded = load_run(run, device)
     dataset = open_images(data, "test", max_pixels, min_classes=1)
     _relabelled(dataset, loaded.classes, f"{run}")
@@ -1017,6 +1058,46 @@ def evaluate_command(
         typer.echo(json.dumps(metrics.to_dict() | extra))
     else:
         typer.echo(repr(metrics))
+
+
+def _evaluate_suite(start, suite, examples, methods, tasks, seeds, out, data_dir, device, as_json) -> None:
+    """Run a suite for a checkpoint or a run, and print its tables; exit status 1 if a task cannot be loaded."""
+    suite_tasks(suite)  # an unknown one is refused before anything is read
+    if examples != "all" and (not examples.isdecimal() or int(examples) < 1):
+        raise DataError(f"--examples is a number of at least 1, or all; not {examples!r}")
+    path = Path(start)
+    results = evaluate_suite(
+        load_run(path, device).model if path.is_dir() else load_pretrained(start).to(_device(device)),
+        suite,
+        name=path.resolve().name if path.is_dir() else path.stem if path.suffix else start,
+        methods=tuple(dict.fromkeys(methods)),
+        examples=None if examples == "all" else int(examples),
+        tasks=tasks and tuple(dict.fromkeys(tasks)),
+        seeds=tuple(dict.fromkeys(seeds)),
+        out=out,
+        data_dir=data_dir,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        typer.echo(json.dumps(results))
+    elif results["rows"]:
+        typer.echo(f"{results}\n\n{_by_task(results)}")
+    for task, reason in results["failed"].items():
+        _say(f"error: the task {task} could not be loaded: {reason}")
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+def _by_task(results: SuiteResults) -> str:
+    """The mean top-1 of each task, in per cent: a line a task, a column for each model, method and setting."""
+    columns = {f"({chr(97 + i)})": entry for i, entry in enumerate(results["summary"])}
+    lines = [f"{key} {suite_label(e['model'], e['method'])}, {e['examples']} examples" for key, e in columns.items()]
+    lines.append(f"{'top-1, %':14s}" + "".join(f"{key:>8s}" for key in columns))
+    for task in suite_tasks(results["suite"]):
+        cells = [entry["tasks"].get(task) for entry in columns.values()]
+        if any(cell is not None for cell in cells):
+            lines.append(f"{task:14s}" + "".join(f"{'-' if c is None else f'{100 * c:.1f}':>8s}" for c in cells))
+    return "\n".join(lines)
 
 
 @_one_line_errors
@@ -1055,6 +1136,22 @@ def pretrain_command(context: typer.Context) -> None:
     pretrain_main(context.args)
 
 
+class _Several(typer.core.TyperCommand):
+    """A command whose repeatable options also take several values at once: --seeds 0 1 2."""
+
+    def parse_args(self, context: typer.Context, args: list[str]) -> list[str]:
+        several = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
+        spread: list[str] = []
+        current = None
+        for word in args:
+            if word.startswith("-"):
+                current = word if word in several else None
+            elif current and spread[-1] != current:
+                spread.append(current)
+            spread.append(word)
+        return super().parse_args(context, spread)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: bitlib finetune FOLDER --out RUN, evaluate, predict, pretrain."""
     app = typer.Typer(
@@ -1066,7 +1163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretty_exceptions_enable=False,
     )
     app.command("finetune")(finetune_command)
-    app.command("evaluate")(evaluate_command)
+    app.command("evaluate", cls=_Several)(evaluate_command)
     app.command("predict")(predict_command)
     passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("pretrain", context_settings=passed_on, add_help_option=False)(pretrain_command)

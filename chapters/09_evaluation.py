@@ -1424,15 +1424,17 @@ assert all(on_features[a].mean < on_features[b].mean for a, b in zip(shots, shot
 #
 # The network from scratch and the support vector machine choose their setting on twenty more labelled images
 # of each class, which the others do not get. Training the networks takes longer than a chapter may, so a
-# script, `tools/few_shot_digits.py`, did it beforehand and wrote `data/results/few_shot_digits.json`: the
+# script, `tools/few_shot_tasks.py`, did it beforehand and wrote `data/results/few_shot_tasks.json`: the
 # accuracy of every run, and which test images it got right. Two rows are computed again here, with the
-# functions of this chapter, and must agree with that file.
+# functions of this chapter, and must agree with that file. It holds more tasks, methods and seeds, which
+# {doc}`08_finetuning` shows.
 
 # %%
-results = json.loads(shipped_file("results/few_shot_digits.json").read_text())
+results = json.loads(shipped_file("results/few_shot_tasks.json").read_text())
 seeds = range(5)
-runs = {(run["method"], run["seed"]): run for run in results["rows"] if run["shots"] == 10}
-methods = list(dict.fromkeys(method for method, _ in runs))
+ten_shots = [run for run in results["rows"] if (run["task"], run["shots"]) == ("digits", 10)]
+runs = {(run["method"], run["seed"]): run for run in ten_shots}
+methods = ["bit-mini-m finetuned", "bit-mini-m ridge", "scratch", "logistic pixels", "svm pixels"]
 table = {name: torch.tensor([runs[name, seed]["top1"] for seed in seeds], dtype=torch.float64) for name in methods}
 
 

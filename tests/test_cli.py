@@ -43,7 +43,7 @@ from bitlib.cli import (
     worst_mistakes,
 )
 from bitlib.data import load_task, package_file
-from bitlib.evaluate import evaluate
+from bitlib.evaluate import evaluate, evaluate_suite, read_suite
 from bitlib.finetune import finetune
 from bitlib.hyperrule import hyperrule
 from bitlib.resnet import create_model
@@ -698,6 +698,46 @@ def test_evaluate_numbers_classes_as_the_run_does(finished, tmp_path, capsys):
     assert [sum(row) for row in found["confusion"]] == [0, 0, 6]
 
 
+def test_a_suite_is_the_librarys_and_goes_on_from_its_file(tiny, tmp_path, capsys, monkeypatch):
+    words = ["evaluate", tiny, "--suite", "vtab-mini", "--methods", "ridge", "probe", "--tasks", "faces", "--seeds", 0]
+    words += ["--examples", 20, "--out", tmp_path / "suite.json"]
+    assert command(*words) == 0
+    out, err = capsys.readouterr()
+    assert "vtab-mini, 20 training examples a task" in out and "(b) tiny probe, 20 examples" in out and not err
+    found = read_suite(tmp_path / "suite.json")
+    call = dict(name="tiny", methods=("ridge", "probe"), tasks=("faces",), seeds=(0,), examples=20)
+    assert found == evaluate_suite(load_pretrained(tiny), **call)
+    assert f"{'faces':14s}" + "".join(f"{100 * row['top1']:8.1f}" for row in found["rows"]) in out
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a finished run was repeated")
+
+    monkeypatch.setattr("bitlib.evaluate.extract_features", refuse)
+    assert command(*words, "--seeds", 0, 0, "--json") == 0  # a seed that is given twice is one
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_a_suite_takes_runs_and_names_and_all_examples(finished, capsys):
+    words = ["--suite", "vtab-mini", "--tasks", "faces", "--seeds", 0, "--json", "--examples", "all"]
+    assert command("evaluate", finished / "RUN", *words) == 0
+    (row,) = (found := json.loads(capsys.readouterr().out))["rows"]
+    model = load_run(finished / "RUN").model
+    assert found == evaluate_suite(model, name="RUN", methods=("ridge",), tasks=("faces",), examples=None)
+    assert command("evaluate", "BiT-mini-M", *words) == 0
+    (other,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["model"], other["model"], other["examples"]) == ("RUN", "BiT-mini-M", "all")
+
+
+def test_a_suite_says_which_task_could_not_be_loaded(tiny, capsys, monkeypatch):
+    def missing(name):
+        raise OSError("no such picture")
+
+    monkeypatch.setattr("bitlib.evaluate.load_task", missing)
+    assert command("evaluate", tiny, "--suite", "vtab-mini", "--tasks", "faces") == 1
+    out, err = capsys.readouterr()
+    assert err == "error: the task faces could not be loaded: OSError: no such picture\n" and not out
+
+
 def test_predict(finished, tmp_path, capsys):
     good = [finished / "data" / "cat" / f"{i}.png" for i in (3, 4)]
     assert command("predict", finished / "RUN", *good) == 0
@@ -786,6 +826,16 @@ def test_two_pictures_nothing_held_out(tiny, tmp_path, capsys):
         (["--help"], 0, "finetune"),
         (["finetune", "--help"], 0, "--on-bad-image"),
         (["evaluate", "--help"], 0, "--json"),
+        (["evaluate", "--help"], 0, "--suite"),
+        (["evaluate", "x"], 1, "error: give either a FOLDER of labelled pictures or --suite vtab-mini\n"),
+        (["evaluate", "x", "y", "--suite", "vtab-mini"], 1, "or --suite vtab-mini, not both"),
+        (["evaluate", "x", "--suite", "vtab"], 1, "no suite 'vtab'; there are vtab-mini and vtab-1k"),
+        (["evaluate", "x", "y", "--seeds", "0", "1"], 1, "--seeds is for a suite"),
+        (["evaluate", "x", "--suite", "vtab-mini"], 1, "no checkpoint is called 'x'"),
+        (["evaluate", "x", "--suite", "vtab-mini", "--examples", "few"], 1, "1, or all; not 'few'"),
+        (["evaluate", "x", "--suite", "vtab-mini", "--seeds", "-1"], 2, "--seeds"),
+        (["evaluate", "BiT-mini-M", "--suite", "vtab-mini", "--methods", "ride"], 1, "no method 'ride' in vtab-mini"),
+        (["evaluate", "BiT-mini-M", "--suite", "vtab-mini", "--tasks", "digit"], 1, "no task 'digit' in vtab-mini"),
         (["predict", "--help"], 0, "IMAGE..."),
         (["pretrain", "--help"], 0, "--steps"),
         (["finetune"], 2, "Missing argument"),
