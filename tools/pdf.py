@@ -34,6 +34,7 @@ TOO_WIDE = """() => {
   const article = document.querySelector('article');
   const right = article.getBoundingClientRect().right + 1;
   const wide = [];
+  if (right > innerWidth + 2) wide.push(['article', '', Math.round(right - innerWidth)]);
   for (const e of article.querySelectorAll('pre, table, img, svg, mjx-container')) {
     if (!e.getClientRects().length) continue;
     const over = Math.max(e.getBoundingClientRect().right - right, e.scrollWidth - e.clientWidth - 1);
