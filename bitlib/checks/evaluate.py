@@ -92,6 +92,7 @@ def check_bootstrap_any(function: Callable) -> None:
         f"not {high - low:.3f}; "
         "draw as many examples as there are, with replacement, logits and labels together"
     )
-    again = tuple(float(end) for end in function(topk_accuracy, logits, labels, 2000, 0))
-    assert again == (low, high), "the same seed should give the same interval; use a torch.Generator"
+    # of the mean logit, which takes any value: shares of 400 coincide by chance
+    once, again = (tuple(map(float, function(lambda z, y: z.mean().item(), logits, labels, 100, 0))) for _ in range(2))
+    assert once == again, "the same seed should give the same interval; use a torch.Generator"
     print("check_bootstrap_any: correct")
