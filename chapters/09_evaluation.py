@@ -2052,7 +2052,8 @@ for examples in dict.fromkeys(entry["examples"] for entry in suite_entries):
             print(f"{words}: not run ({', '.join(absent) or 'not on all tasks'})")
             continue
         print(
-            f"{words}: {100 * gain['mean'].mean:+.1f} ({100 * gain['mean'].low:+.1f} to {100 * gain['mean'].high:+.1f})"
+            f"{words}: {100 * gain['mean'].mean:+.1f} ({100 * gain['mean'].low:+.1f} to {100 * gain['mean'].high:+.1f}), "
+            f"{gain['mean'].n_seeds} seeds"
         )
         behind = [part for part, score in gain.items() if part != "mean" and score.low <= 0]
         print(f"    groups without a sure gain: {', '.join(behind) or 'none'}")
