@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from book import ROOT
-from playwright.sync_api import Browser, Page, Playwright, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, Request, Route, sync_playwright
 
 SITE = ROOT / "_build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -79,13 +79,17 @@ class Visit:
         self.page.route("**/*", self._only_local)
         self.page.on("console", lambda m: self._note(f"console: {m.text}") if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self._note(f"script: {error}"))
-        self.page.on("requestfailed", lambda request: self._note(f"failed: {request.url}"))
+        self.page.on("requestfailed", self._failed)
         self.page.on("response", lambda r: self._note(f"{r.status}: {r.url}") if r.status >= 400 else None)
         self.page.goto(f"{site}/{path}", wait_until="load")
         settle(self.page)
 
     def _note(self, problem: str) -> None:
         self.problems.append(problem)
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # as the icon's is, if the page is loaded again before it came
+            self._note(f"failed: {request.url}")
 
     def _only_local(self, route: Route) -> None:
         if route.request.url.startswith((self.site, "data:", "blob:")):
