@@ -32,6 +32,7 @@ __all__ = [
     "bootstrap_interval",
     "FewShotAccuracy",
     "few_shot_accuracy",
+    "right_bits",
     "right_images",
     "SUITE_METHODS",
     "SCRATCH_RATES",
@@ -42,6 +43,7 @@ __all__ = [
     "SuiteResults",
     "read_suite",
     "weights_digest",
+    "write_json",
     "evaluate_suite",
     "SuiteScore",
     "suite_scores",
@@ -880,9 +882,13 @@ def few_shot_accuracy(
     return FewShotAccuracy(values.mean().item(), *bootstrap_interval(values), values)
 
 
+def right_bits(right: Tensor) -> str:
+    """Which images were right, booleans (N,), as text: a bit for each after a leading 1, in hexadecimal."""
+    return f"{int('1' + ''.join('01'[int(r)] for r in right), 2):x}"
+
+
 def right_images(row: dict) -> Tensor:
-    """Which test images a row of results got right: booleans (N,)."""
-    # a bit for each image after a leading 1, in hexadecimal
+    """Which test images a row of results got right, booleans (N,): what `right_bits` wrote down."""
     return torch.tensor([bit == "1" for bit in f"{int(row['right'], 16):b}"[1:]])
 
 
@@ -972,7 +978,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Write a dict as JSON, whole or not at all, making the folder where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -1039,7 +1046,7 @@ def evaluate_suite(
 
     def save() -> None:
         if out is not None:
-            _write_json(Path(out), results)
+            write_json(Path(out), results)
 
     if todo:
         results.pop("summary", None)  # until it is made anew, at the end
@@ -1114,7 +1121,7 @@ def _scratch_rate(results, task, model, examples, rates, rate_seeds, steps, save
 def _suite_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | None) -> dict:
     """Top-1; NLL and ECE, also after temperature scaling on held-out images; and which test images were right.
 
-    The last is a bit for each image after a leading 1, in hexadecimal.
+    The last as `right_bits` writes it.
     """
     row = {"top1": topk_accuracy(logits, labels)}
     scaled = {"": logits}
@@ -1125,8 +1132,7 @@ def _suite_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | 
         row[f"nll{suffix}"] = negative_log_likelihood(values, labels)
         row[f"ece{suffix}"] = expected_calibration_error(values, labels)
     row = {key: round(value, 6) for key, value in row.items()}
-    right = logits.argmax(1) == labels
-    return row | {"right": f"{int('1' + ''.join('01'[int(r)] for r in right), 2):x}"}
+    return row | {"right": right_bits(logits.argmax(1) == labels)}
 
 
 class SuiteScore(NamedTuple):
@@ -1241,7 +1247,7 @@ def write_predictions(path: str | Path, task: str, classes: Sequence[str], predi
     if predicted.shape != labels.shape or predicted.ndim != 1:
         raise ValueError(f"{tuple(predicted.shape)} predictions do not fit {tuple(labels.shape)} labels")
     about = {"task": task, "classes": list(map(str, classes))}
-    _write_json(Path(path), about | {"predicted": predicted.tolist(), "labels": labels.tolist()})
+    write_json(Path(path), about | {"predicted": predicted.tolist(), "labels": labels.tolist()})
 
 
 def score_predictions(path: str | Path) -> dict:

@@ -1494,9 +1494,13 @@ plt.show()
 
 
 # %% tags=["export"]
+def right_bits(right: Tensor) -> str:
+    """Which images were right, booleans (N,), as text: a bit for each after a leading 1, in hexadecimal."""
+    return f"{int('1' + ''.join('01'[int(r)] for r in right), 2):x}"
+
+
 def right_images(row: dict) -> Tensor:
-    """Which test images a row of results got right: booleans (N,)."""
-    # a bit for each image after a leading 1, in hexadecimal
+    """Which test images a row of results got right, booleans (N,): what `right_bits` wrote down."""
     return torch.tensor([bit == "1" for bit in f"{int(row['right'], 16):b}"[1:]])
 
 
@@ -1642,7 +1646,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Write a dict as JSON, whole or not at all, making the folder where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -1715,7 +1720,7 @@ def evaluate_suite(
 
     def save() -> None:
         if out is not None:
-            _write_json(Path(out), results)
+            write_json(Path(out), results)
 
     if todo:
         results.pop("summary", None)  # until it is made anew, at the end
@@ -1790,7 +1795,7 @@ def _scratch_rate(results, task, model, examples, rates, rate_seeds, steps, save
 def _suite_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | None) -> dict:
     """Top-1; NLL and ECE, also after temperature scaling on held-out images; and which test images were right.
 
-    The last is a bit for each image after a leading 1, in hexadecimal.
+    The last as `right_bits` writes it.
     """
     row = {"top1": topk_accuracy(logits, labels)}
     scaled = {"": logits}
@@ -1801,8 +1806,7 @@ def _suite_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | 
         row[f"nll{suffix}"] = negative_log_likelihood(values, labels)
         row[f"ece{suffix}"] = expected_calibration_error(values, labels)
     row = {key: round(value, 6) for key, value in row.items()}
-    right = logits.argmax(1) == labels
-    return row | {"right": f"{int('1' + ''.join('01'[int(r)] for r in right), 2):x}"}
+    return row | {"right": right_bits(logits.argmax(1) == labels)}
 
 
 # %% [markdown]
@@ -1929,7 +1933,7 @@ def write_predictions(path: str | Path, task: str, classes: Sequence[str], predi
     if predicted.shape != labels.shape or predicted.ndim != 1:
         raise ValueError(f"{tuple(predicted.shape)} predictions do not fit {tuple(labels.shape)} labels")
     about = {"task": task, "classes": list(map(str, classes))}
-    _write_json(Path(path), about | {"predicted": predicted.tolist(), "labels": labels.tolist()})
+    write_json(Path(path), about | {"predicted": predicted.tolist(), "labels": labels.tolist()})
 
 
 def score_predictions(path: str | Path) -> dict:

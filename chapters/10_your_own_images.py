@@ -1223,7 +1223,6 @@ def finetune_command(
     _write(out / "report.html", page)
     metadata = {"classes": json.dumps(dataset.classes), "rule": json.dumps(dataclasses.asdict(rule)), "from": model}
     save_checkpoint(result.model.cpu(), out / "model.safetensors", metadata)
-    shutil.copymode(out / "rule.json", out / "model.safetensors")  # safetensors lets only the owner read
     about["result"] = found | {"weights": weights_digest(result.model.state_dict())}
     _write(out / "run.json", json.dumps(about, indent=2) + "\n")  # last: from here on the run is finished
     for path in [*out.glob("step-*.safetensors"), *out.glob("best.safetensors")]:

@@ -56,23 +56,24 @@ from tqdm import tqdm
 from bitlib.checkpoints import load_pretrained
 from bitlib.data import Task, load_task
 from bitlib.evaluate import (
+    SCRATCH_RATES,
     extract_features,
     linear_probe,
     predict_logits,
     ridge_classifier,
+    right_bits,
     task_rule,
     topk_accuracy,
     weights_digest,
+    write_json,
 )
 from bitlib.finetune import finetune
 from bitlib.hyperrule import hyperrule
-from bitlib.pretrain import write_atomically
 from bitlib.resnet import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("digits", "textures", "histology", "sky", "photographs", "retina", "depth", "faces")  # all of real pictures
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # C of the support vector machine
-RATES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3)
 METHODS = (
     "bit-mini-m finetuned",
     "bit-mini-m ridge",
@@ -196,16 +197,13 @@ class Experiment:
         self.save()
 
     def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_json(self.out, self.results)
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> dict:
-    """Top-1, and which images were right: a bit each after a leading 1, as hexadecimal digits."""
+    """Top-1, and which images were right, as `right_images` reads it."""
     right = predicted == labels
-    bits = "".join("01"[int(r)] for r in right)
-    return {"top1": right.double().mean().item(), "right": f"{int('1' + bits, 2):x}"}
+    return {"top1": right.double().mean().item(), "right": right_bits(right)}
 
 
 def jobs(results: dict, args: argparse.Namespace) -> list[tuple]:
@@ -273,7 +271,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 25])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates from scratch")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=list(SCRATCH_RATES), help="learning rates from scratch"
+    )
     parser.add_argument("--rate-seeds", type=int, default=1, help="seeds on which the rate from scratch is chosen")
     parser.add_argument("--model", default="BiT-mini-M", help="a checkpoint's name or path")
     parser.add_argument("--steps", type=int, help="shorter runs, to try the tool; not the rule's")

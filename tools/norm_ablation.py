@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bitlib.conv import StdConv2d
 from bitlib.data import GlyphNet, load_task
-from bitlib.evaluate import extract_features, few_shot_accuracy
+from bitlib.evaluate import extract_features, few_shot_accuracy, write_json
 from bitlib.norm import GroupNorm
 from bitlib.pretrain import (
     PretrainConfig,
@@ -41,7 +41,6 @@ from bitlib.pretrain import (
     shard_indices,
     train,
     upstream_loss,
-    write_atomically,
 )
 from bitlib.resnet import create_model
 
@@ -122,9 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.exit(f"{args.out} is of other settings: {results['about']}; move it away, or give another --out")
 
     def save() -> None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, indent=1) + "\n"
-        write_atomically(args.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_json(args.out, results)
 
     def config(steps: int, seed: int, rate: float) -> PretrainConfig:
         return PretrainConfig(steps=steps, seed=seed, lr=rate, warmup_steps=min(100, steps // 4), val_images=2_000)

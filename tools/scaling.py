@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from bitlib.checkpoints import load_pretrained
 from bitlib.data import N_CHARACTERS, GlyphNet, ImageTensorDataset, load_task
-from bitlib.evaluate import extract_features, few_shot_accuracy
+from bitlib.evaluate import extract_features, few_shot_accuracy, write_json
 from bitlib.resnet import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,8 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         sys.exit(f"no BiT-mini-*.safetensors in {args.checkpoints}")
     result = {"command": "python tools/scaling.py", "method": "ridge on frozen features", "seeds": args.seeds}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    write_json(args.out, result | {"rows": rows})
     for row in rows:
         mean, spread = statistics.mean(row["top1"]), statistics.stdev(row["top1"]) if len(row["top1"]) > 1 else 0.0
         name = f"{row['upstream']:5} {row['architecture']:9} {row['task']:11} {row['shots']:3} shots"

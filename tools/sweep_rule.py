@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from bitlib.checkpoints import load_pretrained
 from bitlib.data import Task, load_task
-from bitlib.evaluate import predict_logits, task_rule, topk_accuracy
+from bitlib.evaluate import predict_logits, task_rule, topk_accuracy, write_json
 from bitlib.finetune import few_shot, finetune, labels_of
 from bitlib.hyperrule import hyperrule
 
@@ -137,10 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, seed, rate, steps in tqdm([job for job in todo if job not in done], unit="run"):
         row = {"task": name, "seed": seed, "rate": rate, "steps": steps}
         results["rows"].append(row | run(pretrained, tasks[name], args.shots, seed, rate, steps))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, args.out)
+        write_json(args.out, results)
     print(table(results["rows"], (rule.base_lr, rule.steps)))
     return 0
 
