@@ -49,7 +49,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import stat
 import sys
 import unicodedata

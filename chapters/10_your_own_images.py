@@ -33,6 +33,7 @@ if "google.colab" in sys.modules:
     get_ipython().run_line_magic("pip", 'install -q "bitlib[book] @ git+https://github.com/OWNER/REPOSITORY"')
 
 # %%
+import shutil
 import subprocess
 import tempfile
 
@@ -56,7 +57,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import stat
 import sys
 import unicodedata
