@@ -968,11 +968,10 @@ def _stamp(
     corner = ((faces * n_classes + classes) * cell**2)[:, None, None] + whole[1] * cell + whole[0]
     atlas = _atlas(half)
     top, top_right, bottom, bottom_right = (
-        atlas[corner + offset].astype(np.float32) for offset in (0, 1, cell, cell + 1)
+        atlas[offset:][corner].astype(np.float32) for offset in (0, 1, cell, cell + 1)
     )
-    top += right * (top_right - top)
-    bottom += right * (bottom_right - bottom)
-    top += down * (bottom - top)
+    for near, far, part in ((top, top_right, right), (bottom, bottom_right, right), (top, bottom, down)):
+        near += np.multiply(np.subtract(far, near, out=far), part, out=far)
     gain = gain.astype(np.float32)[:, None, None]
     return np.clip(top * (gain / 255.0) + (0.5 - gain * threshold.astype(np.float32)[:, None, None]), 0.0, 1.0)
 
@@ -1166,6 +1165,8 @@ def _throw_darts(u: dict, wanted: np.ndarray, size: np.ndarray) -> tuple[np.ndar
     x, y = np.full((n, MAX_COUNT), -99.0), np.full((n, MAX_COUNT), -99.0)
     count = np.zeros(n, np.int64)
     for i in range(N_DARTS):
+        if (count == wanted).all():
+            break
         reach = 32.0 - 1.3 * size
         dart_x, dart_y = (0.65 * size + reach * u[f"dart{i}_{name}"] for name in "xy")
         clear = ((x - dart_x[:, None]) ** 2 + (y - dart_y[:, None]) ** 2 >= (distance**2)[:, None]).all(axis=1)
@@ -1187,22 +1188,38 @@ def _mark_classes() -> np.ndarray:
 
 
 # %% tags=["export"]
+def _blur(images: np.ndarray, distance: int, axis: int) -> np.ndarray:
+    """Half of each pixel and a quarter of each of its two neighbours at a distance along an axis of (N, 3, H, W)."""
+    blurred = np.empty_like(images)
+    source, target = np.moveaxis(images, axis, 0), np.moveaxis(blurred, axis, 0)
+    np.add(source[: -2 * distance], source[2 * distance :], out=target[distance:-distance])
+    np.add(source[:1], source[distance : 2 * distance], out=target[:distance])  # past the edge lies the edge again
+    np.add(source[-2 * distance : -distance], source[-1:], out=target[-distance:])
+    blurred *= 0.25
+    blurred += 0.5 * images
+    return blurred
+
+
+# %% tags=["export"]
 def _degrade(canvas: np.ndarray, out: np.ndarray, u: dict) -> None:
     """Blur some of the images, add noise to most, write them to out, and pass some through JPEG."""
     for share, distances in ((0.3, (1,)), (0.12, (2, 2))):  # the second lot on top of the first
         soft = np.flatnonzero(u["blur"] < share)
-        blurred = canvas[soft]
+        sharp = canvas[soft]
+        blurred = sharp
         for distance, axis in itertools.product(distances, (2, 3)):
-            padded = np.pad(blurred, [(distance,) * 2 if a == axis else (0, 0) for a in range(4)], mode="edge")
-            before, after = (np.moveaxis(padded, axis, 0)[s] for s in (slice(-2 * distance), slice(2 * distance, None)))
-            blurred = 0.5 * blurred + 0.25 * np.moveaxis(before + after, 0, axis)
-        canvas[soft] += u["blur_amount"][soft].astype(np.float32)[:, None, None, None] * (blurred - canvas[soft])
+            blurred = _blur(blurred, distance, axis)
+        blurred -= sharp
+        blurred *= u["blur_amount"][soft].astype(np.float32)[:, None, None, None]
+        sharp += blurred
+        canvas[soft] = sharp
 
     table, size = _noise_table(), canvas.shape[-1]
     amount = 0.08 * np.maximum(0.0, u["noise"] * 1.4 - 0.4) ** 2
-    for i in np.flatnonzero(amount > 0.002):
-        top, left = (int(u[name][i] * (table.shape[-1] - size)) for name in ("noise_top", "noise_left"))
-        canvas[i] += np.float32(amount[i]) * table[:, top : top + size, left : left + size]
+    noisy = np.flatnonzero(amount > 0.002)
+    top, left = ((u[name][noisy] * (table.shape[-1] - size)).astype(np.int64) for name in ("noise_top", "noise_left"))
+    for i, row, column in zip(noisy, top, left, strict=True):
+        canvas[i] += np.float32(amount[i]) * table[:, row : row + size, column : column + size]
     canvas *= 255.0
     np.rint(canvas, out=canvas)
     np.clip(canvas, 0.0, 255.0, out=canvas)
@@ -1210,8 +1227,12 @@ def _degrade(canvas: np.ndarray, out: np.ndarray, u: dict) -> None:
 
     for i in np.flatnonzero(u["jpeg"] < 0.12):
         file = io.BytesIO()
-        Image.fromarray(out[i].transpose(1, 2, 0)).save(file, "JPEG", quality=25 + int(70 * u["quality"][i]))
-        out[i] = np.asarray(Image.open(file, formats=["JPEG"])).transpose(2, 0, 1)
+        Image.frombytes("RGB", (size, size), out[i].transpose(1, 2, 0).tobytes()).save(
+            file, "JPEG", quality=25 + int(70 * u["quality"][i])
+        )
+        # the decoder alone: the mode and size are known, so nobody need read the headers first
+        decoded = Image.frombytes("RGB", (size, size), file.getvalue(), "jpeg", "RGB", "")
+        out[i] = np.asarray(decoded).transpose(2, 0, 1)
 
 
 @functools.cache
@@ -1392,26 +1413,30 @@ class GlyphNet(Dataset):
         x, y, count = _throw_darts(u, wanted, size)
         solid = _mark_classes()
         known = np.array(self.character_classes)
-        for i in range(MAX_COUNT):
-            has = np.flatnonzero(count > i)
-            source = np.where(u["mark_same"] < 0.6, 0, i)  # most scenes repeat one mark
-            pick = np.choose(source, [u[f"mark{j}_kind"] for j in range(MAX_COUNT)])
-            shape = np.choose(source, [u[f"mark{j}_shape"] for j in range(MAX_COUNT)])
-            classes = np.where(
-                pick < 0.6, solid[(shape * len(solid)).astype(np.int64)], known[(shape * len(known)).astype(np.int64)]
-            )[has]
-            face = np.full(len(has), TYPEFACES.index("DejaVuSans-Bold"))
-            stamp = _stamp(
-                *(face, classes, x[has, i], y[has, i], (size * (0.85 + 0.3 * u[f"mark{i}_size"]))[has]),
-                self.image_size,
-                half=True,
-                half_tangent=0.2 * (2.0 * u[f"mark{i}_angle"][has] - 1.0),
-                shear=np.zeros(len(has)),
-                aspect=np.ones(len(has)),
-                threshold=np.full(len(has), 0.3),
-                gain=1.5 + 3.0 * u["softness"][has],
-            )
-            alpha[which[has]] = np.maximum(alpha[which[has]], stamp)
+        scene, i = np.nonzero(np.arange(MAX_COUNT) < count[:, None])  # every mark of every scene, scene by scene
+        source = np.where(u["mark_same"][scene] < 0.6, 0, i)  # most scenes repeat one mark
+        kind, shape, scale, angle = (
+            np.stack([u[f"mark{j}_{name}"] for j in range(MAX_COUNT)], axis=1)
+            for name in ("kind", "shape", "size", "angle")
+        )
+        shape = shape[scene, source]
+        classes = np.where(
+            kind[scene, source] < 0.6,
+            solid[(shape * len(solid)).astype(np.int64)],
+            known[(shape * len(known)).astype(np.int64)],
+        )
+        stamps = _stamp(
+            *(np.full(len(scene), TYPEFACES.index("DejaVuSans-Bold")), classes, x[scene, i], y[scene, i]),
+            *(size[scene] * (0.85 + 0.3 * scale[scene, i]), self.image_size),
+            half=True,
+            half_tangent=0.2 * (2.0 * angle[scene, i] - 1.0),
+            shear=np.zeros(len(scene)),
+            aspect=np.ones(len(scene)),
+            threshold=np.full(len(scene), 0.3),
+            gain=1.5 + 3.0 * u["softness"][scene],
+        )
+        if len(scene):  # each scene has a mark at least
+            alpha[which] = np.maximum.reduceat(stamps, np.searchsorted(scene, np.arange(len(which))))
         return count - 1, np.where(count == 1, _frame_cell(x[:, 0], y[:, 0]), -1)
 
 

@@ -36,6 +36,7 @@ if "google.colab" in sys.modules:
 
 # %% tags=["export"]
 import argparse
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -1108,6 +1109,45 @@ def _channels_last(model: nn.Module) -> None:
 
 
 @contextmanager
+def _ahead(load: Callable[[int], tuple], steps: int, device: torch.device):
+    """Yields a function that gives the batch of a step, and has the next one made meanwhile where a core is free.
+
+    Where the computation has a thread on every core, one more would hold it up: at the end of every operation all
+    threads wait for the one whose core was taken away.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cpu" and torch.get_num_threads() >= cores:
+        yield load
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made = {}
+
+        def batch(step: int) -> tuple:
+            ready = (made.pop(step, None) or pool.submit(load, step)).result()
+            if step + 1 < steps:
+                made[step + 1] = pool.submit(load, step + 1)
+            return ready
+
+        yield batch
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory that a step frees for the next step.
+
+    glibc gives large blocks back to the kernel, which then fills every page with zeros before a step gets it anew:
+    thousands of page faults a step. Blocks over 32 MiB still go back at once. Elsewhere this does nothing.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # not glibc
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 32 * 2**20)
+
+
+@contextmanager
 def _only(model: nn.Module, trained: Sequence[Tensor]):
     """Let only `trained` have gradients for a while."""
     chosen = {id(p) for p in trained}
@@ -1123,9 +1163,9 @@ def _only(model: nn.Module, trained: Sequence[Tensor]):
 
 # %% [markdown]
 # Now the loop. In the middle stand six lines that we have derived: set the rate, accumulate, clip, step, forget the
-# gradients, count. While they compute, a thread makes the next batch, so the data never keep the network waiting.
-# `batch_fn` may not draw from the global generator, because nobody could say in which order; a generator seeded with
-# the step is all it needs.
+# gradients, count. Where a core is free, or a GPU computes, a thread meanwhile makes the next batch, so that the data
+# never keep the network waiting. `batch_fn` may not draw from the global generator, because nobody could say in which
+# order; a generator seeded with the step is all it needs.
 
 
 # %% tags=["export"]
@@ -1156,7 +1196,7 @@ def train(
 ) -> History:
     """Train a model in place by SGD with momentum; the one loop of the book, upstream and downstream.
 
-    batch_fn(step) -> (x, target): the batch of a step, a pure function of the step (it runs ahead in a thread of its
+    batch_fn(step) -> (x, target): the batch of a step, a pure function of the step (it may run ahead in a thread of its
         own, and must draw nothing from the global generator). target: a tensor or a tuple of tensors, N rows each.
     loss_fn(logits, target) -> the mean over the images. lr(step) -> the rate. Steps count from 0.
     micro_batch: work through the batch in parts of at most this many images, and add up their gradients.
@@ -1183,6 +1223,8 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if not trained or any(id(p) not in own for p in trained):
         raise ValueError("nothing to train: `parameters` must be parameters of the model, at least one")
+    if device.type == "cpu":
+        _keep_freed_memory()
     if device.type == "cpu" and isinstance(model, ResNetV2):
         model.lay_out_filters()
     else:
@@ -1219,12 +1261,9 @@ def train(
             optimizer.zero_grad()  # of gradients that the caller may have left
             rows: list[tuple[float, Tensor]] = []
             lap_images, lap_seconds = 0, 0.0
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                batch = pool.submit(load, state.step) if state.step < steps else None
+            with _ahead(load, steps, device) as batch:
                 while state.step < steps:
-                    x, target = batch.result()
-                    if state.step + 1 < steps:
-                        batch = pool.submit(load, state.step + 1)  # made while we compute
+                    x, target = batch(state.step)
                     stop, total = _agree(received[0] if received else 0, len(x), device)
                     if stop:
                         state.record(rows, run.kept())
@@ -1456,8 +1495,8 @@ def shard_indices(step: int, batch_size: int, n: int, seed: int = 0, rank: int =
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 in [-1, 1], (N, 3, size, size), bilinear."""
-    x = normalize(images)
+    """uint8 (N, 3, H, W) -> float32 in [-1, 1], (N, 3, size, size), bilinear; channels innermost in memory."""
+    x = normalize(images.contiguous(memory_format=torch.channels_last))
     return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 

@@ -4,8 +4,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +42,7 @@ from bitlib.pretrain import (
     warmup_step_lr,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = PretrainConfig(
     model="R14x0.25", data="S", steps=3, batch_size=6, lr=0.02, warmup_steps=0, image_size=32, val_images=20
 )
@@ -293,18 +299,48 @@ def test_history_has_every_step_and_the_rates_used():
     assert history.loss[0] == pytest.approx(F.cross_entropy(mlp()(x), y).item())
 
 
-def test_each_batch_is_asked_for_once_and_in_order():
-    asked = []
+@pytest.fixture(params=["a core is free", "no core is free"])
+def cores(request, monkeypatch):
+    """Whether the batches are made ahead, in a thread of their own."""
+    free = request.param == "a core is free"
+    many = set(range(torch.get_num_threads() + free))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: many, raising=False)
+    return free
+
+
+def test_each_batch_is_asked_for_once_and_in_order(cores):
+    asked, elsewhere = [], []
 
     def fn(step):
         asked.append(step)
+        elsewhere.append(threading.current_thread() is not threading.main_thread())
         return batch_fn(step)
 
     run(mlp(), batch_fn=fn)
     assert asked == list(range(12))
+    assert elsewhere == [cores] * 12
 
 
-def test_the_loop_is_plain_sgd():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory is told what to keep")
+def test_a_step_finds_the_memory_of_the_step_before():
+    """In a process of its own: thousands of pages a step are touched, and hardly one is new to the process."""
+    code = """
+import resource, torch
+from torch import nn
+from bitlib.pretrain import train
+x, y, faults = torch.ones(64, 3, 64, 64), torch.zeros(64, dtype=torch.long), []
+net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+count = lambda *_: faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+train(net, lambda step: (x[: 8 + 4 * (step % 2)] + step, y[: 8 + 4 * (step % 2)]), nn.functional.cross_entropy,
+      lambda step: 0.1, 12, progress=False, on_step=count)
+print((faults[-1] - faults[-7]) / 6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 500  # a map of 12 images alone has 1,400 pages
+
+
+def test_the_loop_is_plain_sgd(cores):
     model, expected = mlp(), mlp()
     run(model, momentum=0.8, weight_decay=0.01, clip_norm=0.5)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.8, weight_decay=0.01)
@@ -377,7 +413,7 @@ def test_on_step_sees_the_updated_model():
     assert steps == [(step, True) for step in range(1, 13)]
 
 
-def test_an_error_in_the_data_comes_through():
+def test_an_error_in_the_data_comes_through(cores):
     def fn(step):
         if step == 3:
             raise KeyError("no such picture")
@@ -437,6 +473,7 @@ def test_enlarge():
     assert large.shape == (2, 3, 64, 64) and large.dtype == torch.float32
     expected = F.interpolate(enlarge(images, 32), scale_factor=2, mode="bilinear", align_corners=False)
     torch.testing.assert_close(large, expected)
+    assert torch.equal(large, expected.contiguous()) and large.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_group_accuracy_counts_only_what_is_labelled():
