@@ -1,8 +1,10 @@
 """What stands beside the chapters: hints, quizzes and disagreements are there, complete, and point to what exists."""
 
+import itertools
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from book import ROOT, BookError, chapter_paths
@@ -92,6 +94,13 @@ def test_every_entry_is_on_the_page_and_leads_to_its_cell(companion: Companion):
         cell = chapter.find(id=anchor(entry))
         cell = cell if "cell" in cell.get("class", ()) else cell.find_parent(class_="cell")
         assert entry.cell in cell.find("pre").get_text(), f"{anchor(entry)} is at another cell"
+
+
+def test_hints_are_in_the_notebook_after_the_stubs(companion: Companion):
+    cells = nbformat.read(companion.chapter.notebook, as_version=4).cells
+    before = {cell.id: stub for stub, cell in itertools.pairwise(cells) if "hint" in cell.metadata.get("tags", ())}
+    assert sorted(before) == sorted(f"hint-{name}" for name in companion.hints)
+    assert all(f"# {name.removeprefix('hint-')}(" in stub.source for name, stub in before.items())
 
 
 @built

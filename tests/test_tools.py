@@ -290,6 +290,15 @@ def test_a_notebook_whose_tags_differ_is_reported(executed):
     assert any("differs from the .py" in problem for problem in project.problems(path))
 
 
+def test_a_notebook_with_other_hints_is_reported(executed):
+    project, path = executed
+    notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    notebook.cells.append(nbformat.v4.new_markdown_cell("Look at the sky.", metadata={"tags": ["hint"]}))
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
+    (problem,) = project.problems(path)
+    assert "hints are not those of the .yml" in problem and "make notebooks" in problem
+
+
 def test_a_notebook_with_stripped_outputs_is_reported(executed):
     project, path = executed
     notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)

@@ -162,6 +162,11 @@ def digest(chapter: Chapter, root: Path = ROOT) -> str:
     return state.hexdigest()
 
 
+def own_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """A notebook's cells but the hints, which pairing adds: one for each cell of the .py."""
+    return [cell for cell in notebook.cells if "hint" not in cell.metadata.get("tags", ())]
+
+
 def clean_outputs(notebook: NotebookNode) -> None:
     """Take out of an executed notebook what changes from run to run without meaning anything."""
     for cell in notebook.cells:

@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 import nbformat
-from book import ROOT, BookError, Chapter, chapter_paths, digest, read_chapter
+from book import ROOT, BookError, Chapter, chapter_paths, digest, own_cells, read_chapter
+from companion import read_hints
 from nbformat import NotebookNode
+from pair import with_hints
 from stamp import address
 
 TAGS = {
@@ -80,11 +82,15 @@ def check_notebook(chapter: Chapter, root: Path = ROOT) -> list[str]:
         return [str(chapter.error("there is no notebook beside it; run `make notebooks`"))]
     notebook = nbformat.read(chapter.notebook, as_version=4)
     problems = []
-    if len(notebook.cells) != len(chapter.cells):
-        counts = f"the notebook has {len(notebook.cells)} cells, the .py {len(chapter.cells)}"
+    cells = own_cells(notebook)
+    if len(cells) != len(chapter.cells):
+        counts = f"the notebook has {len(cells)} cells, the .py {len(chapter.cells)}"
         return [str(chapter.error(f"{counts}; run `make notebooks`"))]
+    hinted = [(cell.id, cell.source) for cell in with_hints(cells, read_hints(chapter.path))]
+    if hinted != [(cell.id, cell.source) for cell in notebook.cells]:
+        problems.append(str(chapter.error("the notebook's hints are not those of the .yml; run `make notebooks`")))
     count = 0
-    for cell, source in zip(notebook.cells, chapter.cells, strict=True):
+    for cell, source in zip(cells, chapter.cells, strict=True):
         kinds = (cell.cell_type, tuple(cell.metadata.get("tags", ())))
         if cell.source != source.source or kinds != (source.kind, source.tags):
             difference = "the notebook's cell differs from the .py; run `make notebooks`"

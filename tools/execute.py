@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import nbformat
-from book import ROOT, BookError, chapter_paths, clean_outputs, digest, read_chapter
+from book import ROOT, BookError, chapter_paths, clean_outputs, digest, own_cells, read_chapter
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from pair import paired, write_notebook
@@ -51,7 +51,7 @@ def execute(path: Path, root: Path = ROOT) -> float:
     except CellExecutionError as error:
         raise BookError(f"chapters/{path.name}: a cell fails:\n{error}") from None
     seconds = time.perf_counter() - start
-    for cell, source in zip(notebook.cells, chapter.cells, strict=True):
+    for cell, source in zip(own_cells(notebook), chapter.cells, strict=True):
         for output in cell.get("outputs", ()):
             if output.output_type == "stream" and output.name == "stderr" and "Warning:" in output.text:
                 raise chapter.error(f"this cell warns; a reader would see:\n{output.text}", source.line)

@@ -2,7 +2,8 @@
 
     python tools/pair.py [chapters/02_group_normalization.py ...]
 
-One direction only: the notebook never changes the .py.
+One direction only: the notebook never changes the .py. After the stub of an exercise the notebook has one cell more,
+the hint from the chapter's .yml, tagged `hint`, for whoever does not read the site.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
 from book import ROOT, BookError, chapter_paths, read_chapter
+from companion import read_hints
 from jupytext.combine import combine_inputs_with_outputs
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
 
 FOLDED = {"hide-cell", "hide-input"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -51,7 +55,27 @@ def paired(source: Path, notebook: Path) -> NotebookNode:
         if FOLDED & set(cell.metadata.get("tags", ())):
             # what the site folds away by its tags, JupyterLab folds away by this
             cell.metadata["jupyter"] = NotebookNode(source_hidden=True)
+        if "solution" in cell.metadata.get("tags", ()):
+            cell.metadata["cellView"] = "form"  # and Colab by this
+    new.cells = with_hints(new.cells, read_hints(source))
     return new
+
+
+def checker(cell: NotebookNode) -> str | None:
+    """The name of the checker that an exercise's stub ends with, commented out; None for any other cell."""
+    found = re.search(r"# (check_\w+)\(", cell.source) if "exercise" in cell.metadata.get("tags", ()) else None
+    return found[1] if found else None
+
+
+def with_hints(cells: list[NotebookNode], hints: dict[str, str]) -> list[NotebookNode]:
+    """The cells of a chapter, and after each exercise's stub its hint, folded."""
+    result = []
+    for cell in cells:
+        result.append(cell)
+        if (check := checker(cell)) in hints:
+            text = f"<details><summary>A hint</summary>\n\n{hints[check].strip()}\n\n</details>"
+            result.append(new_markdown_cell(text, id=f"hint-{check}", metadata={"tags": ["hint"]}))
+    return result
 
 
 def fresh_id(source: str, taken: set[str]) -> str:

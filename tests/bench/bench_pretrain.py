@@ -9,7 +9,7 @@ Takes in turn, round after round in one process, so that whatever slows the mach
 
 and then GlyphNet's rendering of a batch alone. Prints images a second as medians over the rounds, and the two shares
 that matter: the loop's speed beside the bare one's (1 is a loop that costs nothing), and how much of a step's time the
-rendering of its batch takes, which the loop spends in a thread of its own while the step before computes.
+rendering of its batch takes, which the loop does between two steps, or meanwhile where a core is free.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, median in medians.items():
         print(f"{name:16s}{BATCH * args.steps / median:9.1f} images/s")
     print(f"the loop's speed is {medians['bare'] / medians['loop']:.2f} of the bare one's")
-    print(f"rendering a batch takes {medians['rendering alone'] / medians['loop']:.2f} of a step's time, beside it")
+    print(f"rendering a batch takes {medians['rendering alone'] / medians['loop']:.2f} of a step's time")
     return 0
 
 
