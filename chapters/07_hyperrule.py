@@ -698,7 +698,7 @@ assert short.decay_steps == (30, 60, 90)
 #
 # The choice was made on the digits, with ten examples of each class to train on and twenty others to validate,
 # by `python tools/few_shot_tasks.py --mini-rates 0.003 0.01 0.03 0.1 0.3 --seeds 0 1`. The test images took no
-# part in it.
+# part in it. Of rates that do equally well we take the smallest.
 
 # %%
 tried = json.loads(shipped_file("results/mini_rate.json").read_text())["rates_tried"]
@@ -708,7 +708,8 @@ validation = {
 }
 for rate, top1 in validation.items():
     print(f"rate {rate:<6g} validation top-1 {top1:.1f} %")
-assert max(validation.values()) - validation[MINI_BASE_LR] < 1
+best = max(validation.values())
+assert min(rate for rate, top1 in validation.items() if top1 == best) == MINI_BASE_LR
 
 # %%
 mini = create_model("R26x0.25", num_classes=10)
