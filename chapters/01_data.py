@@ -449,6 +449,11 @@ def random_resized_crop(
     """Cut a random window from each image of a batch (N, 3, H, W) and resize it to size x size."""
     _check_images(images, ndim=4)
     boxes = resized_crop_boxes(len(images), *images.shape[-2:], scale=scale, generator=generator)
+    return cut_and_resize(images, boxes, size)
+
+
+def cut_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut one window (top, left, height, width) from each image (N, 3, H, W) and resize it: uint8 (N, 3, size, size)."""
     crops = [resize(x[:, t : t + h, a : a + w], size) for x, (t, a, h, w) in zip(images, boxes.tolist(), strict=True)]
     return torch.stack(crops) if crops else images.new_empty(0, 3, size, size)
 

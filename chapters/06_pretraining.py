@@ -65,7 +65,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bitlib.checkpoints import load_pretrained, save_checkpoint
-from bitlib.data import GlyphNet, normalize
+from bitlib.data import GlyphNet, cut_and_resize, normalize, resized_crop_boxes
 from bitlib.resnet import ResNetV2, create_model
 
 # %%
@@ -1430,12 +1430,15 @@ class PretrainConfig:
     image_size: int = 64
     seed: int = 0
     init: str | None = None  # a checkpoint to start from: a path or a name; its head is kept where it fits
+    crop: float = 1.0  # of each image a random window, at least this share of its area; 1: the whole image
     val_images: int = 2_000
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "image_size", "val_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop is {self.crop}; it is the least share of an image that a window keeps, up to 1")
         if self.decay not in ("step", "cosine", "polynomial"):
             raise ValueError(f"no schedule {self.decay!r}; use step, cosine or polynomial")
         if self.loss not in ("softmax", "sigmoid"):
@@ -1492,6 +1495,19 @@ def shard_indices(step: int, batch_size: int, n: int, seed: int = 0, rank: int =
     for e in epoch.unique().tolist():
         index[epoch == e] = _epoch_order(n, seed, e)[offset[epoch == e]]
     return index
+
+
+def step_windows(
+    step: int, batch_size: int, image: tuple[int, int], smallest: float, seed: int = 0, rank: int = 0, world: int = 1
+) -> Tensor:
+    """The random window of each of this process's images (height, width) in a step: long (n, 4), as in Inception crop.
+
+    smallest: the least share of the area. A function of (seed, step) and of the image's place in the whole batch, so
+    that neither a stop nor another number of processes changes a window.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    boxes = resized_crop_boxes(batch_size, *image, scale=(smallest, 1.0), generator=generator)
+    return boxes[rank * batch_size // world : (rank + 1) * batch_size // world]
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
@@ -1605,6 +1621,10 @@ def pretrain(
             images, targets = upstream.batch(
                 shard_indices(step, config.batch_size, len(upstream), config.seed, rank, world)
             )
+            if config.crop < 1:
+                shape = tuple(images.shape[-2:])
+                boxes = step_windows(step, config.batch_size, shape, config.crop, config.seed, rank, world)
+                images = cut_and_resize(images, boxes, config.image_size)
             return enlarge(images, config.image_size), targets
 
         # A group's weight is meant for the images that have a label in it; upstream_loss averages over all images.
@@ -1698,6 +1718,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "clip_norm": "scale gradients down to this norm",
         "image_size": "enlarge the images to this many pixels a side",
         "init": "a checkpoint to start from: a path or a name",
+        "crop": "show a random window of each image, at least this share of its area; 1 shows all of it",
         "val_images": "how many validation images",
     }
     kinds = {"group_weights": float, "decay_at": float, "lr": float, "clip_norm": float}
@@ -1829,11 +1850,14 @@ assert difference < 1e-4
 #
 # ## Your own pictures upstream
 #
-# GlyphNet is endless and never shows the same picture twice, so it needs no augmentation; a flip would make characters
-# that do not exist. Photographs are finite. BiT cut a random window out of each, of 8 to 100 % of its area, resized it
-# to 224×224 and flipped half of them ("Inception crop" {cite}`szegedy2015going`). `pretrain` takes any data with three
-# things: a length, `groups`, and a `batch` that is a pure function of the indices. A crop seeded with the index makes
-# finite pictures endless: index $i$ is picture $i \bmod n$ with crop number $i$.
+# The largest GlyphNet is endless and never shows the same picture twice, so it needs no augmentation; a flip would make
+# characters that do not exist. Photographs are finite. BiT cut a random window out of each, of 8 to 100 % of its area,
+# resized it to 224×224 and flipped half of them ("Inception crop" {cite}`szegedy2015going`). The option `crop` cuts such
+# windows, of that share of the area at least; whether the labels survive it, nobody but you can know.
+#
+# `pretrain` takes any data with three things: a length, `groups`, and a `batch` that is a pure function of the indices.
+# Flips, or whatever else you do to a picture, belong in there. A crop seeded with the index makes finite pictures
+# endless: index $i$ is picture $i \bmod n$ with crop number $i$.
 
 
 # %%

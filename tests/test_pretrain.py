@@ -35,6 +35,7 @@ from bitlib.pretrain import (
     pretrain,
     shard_indices,
     sigmoid_cross_entropy,
+    step_windows,
     train,
     upstream_loss,
     warmup_cosine_lr,
@@ -539,6 +540,42 @@ def test_pretrain_takes_other_data_and_the_sigmoid():
     assert result.val["stripe"] > 0.9
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_windows_of_a_step_do_not_depend_on_who_cuts_them(world):
+    whole = step_windows(5, 10, (24, 32), 0.3, seed=2)
+    parts = [step_windows(5, 10, (24, 32), 0.3, seed=2, rank=rank, world=world) for rank in range(world)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert [len(part) for part in parts] == [len(shard_indices(5, 10, 100, 2, rank, world)) for rank in range(world)]
+    top, left, height, width = whole.T
+    assert (height * width >= 0.25 * 24 * 32).all() and (top + height <= 24).all() and (left + width <= 32).all()
+    for other in (step_windows(6, 10, (24, 32), 0.3, seed=2), step_windows(5, 10, (24, 32), 0.3, seed=3)):
+        assert not torch.equal(whole, other)
+
+
+def test_pretrain_shows_windows():
+    """The left and the right half are of one colour each, so a window's mean colour says how much it has of them."""
+
+    class Halves:
+        groups = (LabelGroup("half", 2, 1.0),)
+
+        def __len__(self):
+            return 50
+
+        def batch(self, indices):
+            images = torch.zeros(len(indices), 3, 32, 32, dtype=torch.uint8)
+            images[..., 16:] = 255
+            return images, torch.zeros(len(indices), 1, dtype=torch.long)
+
+    seen = []
+    real = module.enlarge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "enlarge", lambda images, size: seen.append(images) or real(images, size))
+        config = dataclasses.replace(TINY, data="halves", crop=0.2)
+        pretrain(config, upstream=Halves(), held_out=Halves(), progress=False)
+    shown = torch.cat([images for images in seen if len(images) == TINY.batch_size]).float().mean(dim=(1, 2, 3))
+    assert shown.std() > 20 and seen[0].shape[-1] == TINY.image_size
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -551,6 +588,8 @@ def test_pretrain_takes_other_data_and_the_sigmoid():
         ({"model": "R27x0.25"}, "R27x0.25"),
         ({"group_weights": (1.0,)}, "1 group weights for"),
         ({"val_images": 10**6}, "val_images is 1000000"),
+        ({"crop": 0.0}, "crop is 0.0"),
+        ({"crop": 1.5}, "crop is 1.5"),
     ],
 )
 def test_bad_configurations_are_named(changes, message):
@@ -574,7 +613,7 @@ def test_the_rate_follows_the_batch_unless_given():
     [
         PretrainConfig(),
         PretrainConfig(lr=0.3, decay_at=(0.7, 0.9), seed=4, clip_norm=1.0, group_weights=(1.0, 0.5), init="x/y"),
-        PretrainConfig(decay="cosine", loss="sigmoid", image_size=48, weight_decay=0.0),
+        PretrainConfig(decay="cosine", loss="sigmoid", image_size=48, weight_decay=0.0, crop=0.25),
     ],
 )
 def test_the_command_on_the_card_gives_the_configuration_again(config, monkeypatch):
