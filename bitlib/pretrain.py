@@ -909,7 +909,7 @@ def step_windows(
     smallest: the least share of the area. A function of (seed, step) and of the image's place in the whole batch, so
     that neither a stop nor another number of processes changes a window.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     boxes = resized_crop_boxes(batch_size, *image, scale=(smallest, 1.0), generator=generator)
     return boxes[rank * batch_size // world : (rank + 1) * batch_size // world]
 
