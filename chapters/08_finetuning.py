@@ -828,9 +828,11 @@ for first, second in [(a, b) for a in transferred for b in others] + [tuple(tran
 # - Fine-tuning was run on four of the tasks, against the same network from scratch, which was given more labels and a
 #   rate of its own for each cell. On the digits and the sky it wins at every number of examples, on the textures
 #   with up to ten examples a class. With twenty-five, the textures can be learned from nothing as well.
-# - On the section of tissue it loses to scratch, at every number of examples and by many points.
+# - On the section of tissue it loses to scratch, at every number of examples and by so many points that from ten
+#   examples on nothing remains of the gain in the mean over the four.
 # - Whether all weights should move is another question. The last row compares fine-tuning with ridge regression on
-#   the frozen features. On the textures and the tissue it is worth points, on the digits and the sky it is worth none.
+#   the frozen features. On the textures and the tissue it is worth points. On the digits it is worth none, and on the
+#   sky it costs some from five examples a class on.
 
 # %%
 for n in counts:
@@ -844,9 +846,9 @@ for n in counts:
     assert min(over_scratch["digits"], over_scratch["sky"]) > 1 and over_scratch["histology"] < -5
     assert over_scratch["textures"] > 3 if n <= 10 else abs(over_scratch["textures"]) < 2
     assert over_scratch.keys() == over_ridge.keys() == {"digits", "textures", "histology", "sky"}
-    assert (
-        min(over_ridge["textures"], over_ridge["histology"]) > 1 and max(over_ridge["digits"], over_ridge["sky"]) < 0.5
-    )
+    assert min(over_ridge["textures"], over_ridge["histology"]) > 1
+    assert over_ridge["digits"] < 0 and (n == 1 or over_ridge["sky"] < 0)
+    assert (sum(over_scratch.values()) / 4 > 1) == (n <= 5)
 print("so it is, at", ", ".join(map(str, counts)), "examples a class")
 
 # %% [markdown]
