@@ -25,7 +25,7 @@ given again. --tasks, --methods, --seeds, --shots, --rates and --rate-seeds make
     python tools/few_shot_tasks.py --plan
 
 says how many runs are left and what they cost. A fine-tuning or a training from scratch is 500 steps of 32 images at
-64x64, about a minute on two quiet CPU cores; the other methods take seconds.
+64x64, about half a minute on a quiet CPU core; the other methods take seconds.
 
     python tools/few_shot_tasks.py --mini-rates 0.003 0.01 0.03 0.1 0.3 --seeds 0 1
 

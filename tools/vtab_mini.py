@@ -25,7 +25,7 @@ replaced, its old results must go first: --forget BiT-mini-M.
     python tools/vtab_mini.py --plan
 
 says how many runs are left and what they cost. One fine-tuning or training from scratch is 500 steps of 32 images at
-64x64, about a minute on two quiet CPU cores; ridge and probe are a matter of seconds.
+64x64, about half a minute on a quiet CPU core; ridge and probe are a matter of seconds.
 """
 
 from __future__ import annotations
