@@ -453,7 +453,7 @@ def random_resized_crop(
 
 
 def cut_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut one window (top, left, height, width) from each image (N, 3, H, W) and resize it: uint8 (N, 3, size, size)."""
+    """Cut a window (top, left, height, width) from each image (N, 3, H, W), resize it: uint8 (N, 3, size, size)."""
     crops = [resize(x[:, t : t + h, a : a + w], size) for x, (t, a, h, w) in zip(images, boxes.tolist(), strict=True)]
     return torch.stack(crops) if crops else images.new_empty(0, 3, size, size)
 
