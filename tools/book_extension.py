@@ -59,18 +59,15 @@ def add_companion(app: Sphinx, docname: str, source: list[str]) -> None:
     if path in chapter_paths():
         notebook = json.loads(source[0])
         companion = read_companion(path)
-        cells = []
         for cell in notebook["cells"]:
-            cells.append(cell)
-            if cell["cell_type"] == "markdown":
-                cell["source"] = RUNTIME_LINE.sub(rf"\g<0>{measured(path.stem)}", "".join(cell["source"]))
             if "hint" in cell["metadata"].get("tags", ()):  # the page has a nicer fold than a notebook can
                 hint = companion.hints[cell["id"].removeprefix("hint-")]
-                cells[-1] = markdown_cell(cell["id"], f"```{{dropdown}} A hint\n{hint}\n```")
+                cell["source"] = f"```{{dropdown}} A hint\n{hint}\n```"
+            elif cell["cell_type"] == "markdown":
+                cell["source"] = RUNTIME_LINE.sub(rf"\g<0>{measured(path.stem)}", "".join(cell["source"]))
         if companion.quiz:
             text = f"## Quiz\n\n```{{quiz}} {companion_path(path).relative_to(ROOT)}\n```"
-            cells.append(markdown_cell("quiz", text))
-        notebook["cells"] = cells
+            notebook["cells"].append(markdown_cell("quiz", text))
         source[0] = json.dumps(notebook)
     elif docname.startswith("pages/"):
         source[0] = MARK.sub(lambda mark: GENERATED[mark[1]](), source[0])

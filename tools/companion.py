@@ -85,18 +85,21 @@ def companion_path(chapter: Path) -> Path:
     return chapter.with_suffix(".yml")
 
 
+def _load(chapter: Path) -> dict[str, Any]:
+    file = companion_path(chapter)
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None) or {}
+
+
 def read_hints(chapter: Path) -> dict[str, str]:
     """The hints alone: name of a checker -> Markdown. Nothing is checked."""
-    file = companion_path(chapter)
-    data = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-    return (data or {}).get("hints", {})
+    return _load(chapter).get("hints", {})
 
 
 def read_companion(path: Path) -> Companion:
     """Read what stands beside a chapter. Raises BookError, naming the file and the entry, where something is wrong."""
     chapter = read_chapter(path)
     file = companion_path(path)
-    data: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    data = _load(path)
 
     def wrong(message: str) -> Exception:
         return chapter.error(f"{file.name}: {message}")

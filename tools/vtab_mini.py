@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -40,7 +39,15 @@ import torch
 from torch import nn
 
 from bitlib.checkpoints import load_pretrained
-from bitlib.evaluate import SCRATCH_RATES, SUITE_METHODS, SuiteResults, evaluate_suite, read_suite, suite_tasks
+from bitlib.evaluate import (
+    SCRATCH_RATES,
+    SUITE_METHODS,
+    SuiteResults,
+    evaluate_suite,
+    read_suite,
+    suite_tasks,
+    write_json,
+)
 from bitlib.hyperrule import hyperrule
 from bitlib.resnet import create_model
 
@@ -88,7 +95,7 @@ def forget(path: Path, models: list[str]) -> None:
     results["summary"] = [entry for entry in results.get("summary", []) if entry["model"] not in models]
     if "scratch" in models:
         results["rates_tried"] = []
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(path, results)
 
 
 def users(method: str, models: dict) -> list[str]:
