@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,24 +62,33 @@ def networks(folder: Path) -> list[tuple[str, str, nn.Module, str | None]]:
     return found
 
 
+def few_shot_tasks() -> dict[str, tuple[ImageTensorDataset, ImageTensorDataset]]:
+    """Images to learn from and images to be tested on, for each task."""
+    digits = load_task("digits")
+    return {"digits": (digits.train, digits.test), "characters": held_out_characters()}
+
+
+def few_shot_rows(model: nn.Module, tasks: dict, seeds: Sequence[int]) -> list[dict]:
+    """Ridge regression on a network's frozen features: for each task and number of shots, the top-1 of every seed."""
+    rows = []
+    for task, (train, test) in tasks.items():
+        pool, rest = extract_features(model, train), extract_features(model, test)
+        for shots in SHOTS:
+            top1 = few_shot_accuracy(pool, rest, shots, seeds).per_seed.tolist()
+            rows.append({"task": task, "shots": shots, "top1": top1})
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "data" / "checkpoints", help="a folder")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "scaling.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     args = parser.parse_args(argv)
-    digits = load_task("digits")
-    tasks = {"digits": (digits.train, digits.test), "characters": held_out_characters()}
-    rows = []
+    tasks, rows = few_shot_tasks(), []
     for upstream, architecture, model, sha256 in tqdm(networks(args.checkpoints), unit="network"):
-        for task, (train, test) in tasks.items():
-            pool, rest = extract_features(model, train), extract_features(model, test)
-            for shots in SHOTS:
-                top1 = few_shot_accuracy(pool, rest, shots, args.seeds).per_seed.tolist()
-                rows.append(
-                    {"upstream": upstream, "architecture": architecture, "task": task, "shots": shots, "top1": top1}
-                    | {"sha256": sha256}
-                )
+        named = {"upstream": upstream, "architecture": architecture, "sha256": sha256}
+        rows += [named | row for row in few_shot_rows(model, tasks, args.seeds)]
     if not rows:
         sys.exit(f"no BiT-mini-*.safetensors in {args.checkpoints}")
     result = {"command": "python tools/scaling.py", "method": "ridge on frozen features", "seeds": args.seeds}
