@@ -757,7 +757,6 @@ PLACES = 4  # a photograph is divided into 4 x 4 places, and so is the frame
 N_INKS = 20  # 8 hues, each dark and light, and 4 greys
 MARKS = "●■▲▼◆◗▬♥♠♣"
 N_DARTS = 40
-_CHUNK = 128  # images rendered together: enough to amortise Python, few enough to stay in the cache
 # The quantities that are drawn for an image, by what they are for.
 _DRAWING = (
     *("kind", "character", "typeface", "size", "x", "y", "angle", "shear", "aspect", "weight", "softness"),
@@ -798,6 +797,8 @@ class GlyphNet(Dataset):
         if not 16 <= image_size <= 128:
             raise ValueError(f"image_size must lie between 16 and 128; got {image_size}")
         self.size, self.split, self.seed, self.image_size = size, split, seed, image_size
+        # Images rendered at once: enough to amortise Python, few enough for the processor's cache.
+        self.together = 512 * 32**2 // image_size**2
         n_characters, n_images = SIZES[size]
         table = glyphs()
         held_out = split == "held-out"
@@ -832,8 +833,8 @@ class GlyphNet(Dataset):
             raise IndexError(f"GlyphNet has images 0 to {len(self) - 1}; asked for {indices.min()} to {indices.max()}")
         images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
         labels = np.full((len(indices), len(self.groups)), -1, np.int64)
-        for start in range(0, len(indices), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        for start in range(0, len(indices), self.together):
+            chunk = slice(start, start + self.together)
             self._render(indices[chunk], images[chunk], labels[chunk])
         return torch.from_numpy(images), torch.from_numpy(labels)
 

@@ -27,6 +27,7 @@ __all__ = [
     "shard_indices",
     "step_windows",
     "enlarge",
+    "upstream_batches",
     "group_accuracy",
     "Pretrained",
     "pretrain",
@@ -207,7 +208,7 @@ def _rows(value, start: int, end: int, device: torch.device):
 
 def clip_gradients(gradients: Sequence[Tensor], max_norm: float | None) -> Tensor:
     """The norm of all the gradients together; where it is above max_norm, they are scaled down to that."""
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
@@ -882,6 +883,11 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
+def _share(batch_size: int, rank: int, world: int) -> slice:
+    """The part of a batch that one of `world` processes works on."""
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+
 def shard_indices(step: int, batch_size: int, n: int, seed: int = 0, rank: int = 0, world: int = 1) -> Tensor:
     """Which examples of n a process sees at a step: its share of the batch, by arithmetic alone.
 
@@ -889,9 +895,7 @@ def shard_indices(step: int, batch_size: int, n: int, seed: int = 0, rank: int =
     processes may change between two steps. Every epoch is a new permutation; more than 2^24 examples are taken
     in order, which for an endless stream of independent samples is as good.
     """
-    position = torch.arange(
-        step * batch_size + rank * batch_size // world, step * batch_size + (rank + 1) * batch_size // world
-    )
+    position = step * batch_size + torch.arange(batch_size)[_share(batch_size, rank, world)]
     if n > 2**24:
         return position % n
     epoch, offset = position // n, position % n
@@ -911,13 +915,43 @@ def step_windows(
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     boxes = resized_crop_boxes(batch_size, *image, scale=(smallest, 1.0), generator=generator)
-    return boxes[rank * batch_size // world : (rank + 1) * batch_size // world]
+    return boxes[_share(batch_size, rank, world)]
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 in [-1, 1], (N, 3, size, size), bilinear; channels innermost in memory."""
     x = normalize(images.contiguous(memory_format=torch.channels_last))
     return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def upstream_batches(
+    upstream, config: PretrainConfig, rank: int = 0, world: int = 1
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """A function of the step: this process's share of the batch, float (n, 3, size, size), and its labels (n, groups).
+
+    upstream.together: up to how many images are made in one call of `upstream.batch`; without it, a share at a time.
+    Where shares are smaller, those of the next steps are made too. Steps may be asked for in any order, by one thread
+    at a time.
+    """
+    shape = (config.batch_size, len(upstream), config.seed, rank, world)
+    share = len(range(config.batch_size)[_share(config.batch_size, rank, world)])
+    at_once = max(1, getattr(upstream, "together", 0) // share)
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def batch_fn(step: int) -> tuple[Tensor, Tensor]:
+        if step not in made:
+            made.clear()
+            steps = range(step, max(step + 1, min(step + at_once, config.steps)))
+            images, targets = upstream.batch(torch.cat([shard_indices(s, *shape) for s in steps]))
+            made.update(zip(steps, zip(images.split(share), targets.split(share), strict=True), strict=True))
+        images, targets = made.pop(step)
+        if config.crop < 1:
+            frame = tuple(images.shape[-2:])
+            boxes = step_windows(step, config.batch_size, frame, config.crop, config.seed, rank, world)
+            images = cut_and_resize(images, boxes, config.image_size)
+        return enlarge(images, config.image_size), targets
+
+    return batch_fn
 
 
 @torch.no_grad()
@@ -1011,16 +1045,6 @@ def pretrain(
         model.image_size = config.image_size
         model.to(device)
 
-        def batch_fn(step: int) -> tuple[Tensor, Tensor]:
-            images, targets = upstream.batch(
-                shard_indices(step, config.batch_size, len(upstream), config.seed, rank, world)
-            )
-            if config.crop < 1:
-                shape = tuple(images.shape[-2:])
-                boxes = step_windows(step, config.batch_size, shape, config.crop, config.seed, rank, world)
-                images = cut_and_resize(images, boxes, config.image_size)
-            return enlarge(images, config.image_size), targets
-
         # A group's weight is meant for the images that have a label in it; upstream_loss averages over all images.
         weighted = groups
         if config.loss == "softmax":
@@ -1039,7 +1063,7 @@ def pretrain(
 
         history = train(
             model,
-            batch_fn,
+            upstream_batches(upstream, config, rank, world),
             loss_fn,
             config.lr_at,
             config.steps,

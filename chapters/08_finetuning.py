@@ -881,16 +881,14 @@ for name in real_tasks:
 # rule's rate is the same for all tasks. The sweep of {doc}`07_hyperrule` has runs at other rates, with 25 examples a class:
 
 # %%
-by_rate: dict[str, dict[float, list[float]]] = {}  # task -> rate -> top-1 of each draw, in per cent
+rates: dict[str, dict[float, list[float]]] = {}  # task -> rate -> top-1 of each draw, in per cent
 for row in json.loads(shipped_file("results/rule_sweep.json").read_text())["rows"]:
     if row["steps"] == rule.steps:
-        by_rate.setdefault(row["task"], {}).setdefault(row["rate"], []).append(100 * row["test_top1"])
-for name, tried in by_rate.items():
-    print(
-        f"{name:10}" + "".join(f"   rate {rate:g}: {np.mean(values):.1f} %" for rate, values in sorted(tried.items()))
-    )
+        rates.setdefault(row["task"], {}).setdefault(row["rate"], []).append(100 * row["test_top1"])
+swept = {name: {rate: np.mean(tried[rate]) for rate in sorted(tried)} for name, tried in rates.items()}
+for name, means in swept.items():
+    print(f"{name:10}" + "".join(f"   rate {rate:g}: {mean:.1f} %" for rate, mean in means.items()))
 print(f"histology from scratch: {np.mean(list(measured['histology', 'scratch', 25].values())):.1f} %")
-swept = {name: {rate: np.mean(values) for rate, values in tried.items()} for name, tried in by_rate.items()}
 assert max(swept["histology"], key=swept["histology"].get) == 10 * rule.base_lr
 assert swept["histology"][10 * rule.base_lr] > swept["histology"][rule.base_lr] + 3
 assert all(min(swept[name], key=swept[name].get) == 10 * rule.base_lr for name in ("digits", "textures"))

@@ -37,6 +37,7 @@ from bitlib.pretrain import (
     sigmoid_cross_entropy,
     step_windows,
     train,
+    upstream_batches,
     upstream_loss,
     warmup_cosine_lr,
     warmup_polynomial_lr,
@@ -550,6 +551,36 @@ def test_the_windows_of_a_step_do_not_depend_on_who_cuts_them(world):
     assert (height * width >= 0.25 * 24 * 32).all() and (top + height <= 24).all() and (left + width <= 32).all()
     for other in (step_windows(6, 10, (24, 32), 0.3, seed=2), step_windows(5, 10, (24, 32), 0.3, seed=3)):
         assert not torch.equal(whole, other)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("crop", [1.0, 0.4])
+def test_images_of_several_steps_rendered_at_once_are_those_of_each(world, crop):
+    class Counting:
+        """Images that say which they are, and a list of how many were asked for."""
+
+        together, asked = 30, []
+
+        def __len__(self):
+            return 35
+
+        def batch(self, indices):
+            self.asked.append(len(indices))
+            values = torch.arange(8 * 8).reshape(8, 8) + 3 * indices[:, None, None]
+            return values[:, None].expand(-1, 3, -1, -1).to(torch.uint8).clone(), indices[:, None]
+
+    class Alone(Counting):
+        together, asked = 0, []
+
+    config = PretrainConfig(data="numbers", steps=8, batch_size=11, seed=4, crop=crop, image_size=8)
+    for rank in range(world):
+        at_once, alone = (upstream_batches(data, config, rank, world) for data in (Counting(), Alone()))
+        for step in (0, 1, 2, 3, 5, 6, 7, 2, 7):  # also as after a stop, and backwards
+            (x, y), (right_x, right_y) = at_once(step), alone(step)
+            assert torch.equal(x, right_x) and torch.equal(y, right_y)
+            assert torch.equal(y[:, 0], shard_indices(step, 11, 35, 4, rank, world))
+    assert max(Counting.asked) <= 30 and len(Counting.asked) < len(Alone.asked)
+    assert max(Alone.asked) == 11 // world + (world > 1)
 
 
 def test_pretrain_shows_windows():

@@ -34,14 +34,7 @@ from bitlib.conv import StdConv2d
 from bitlib.data import GlyphNet, load_task
 from bitlib.evaluate import extract_features, few_shot_accuracy, write_json
 from bitlib.norm import GroupNorm
-from bitlib.pretrain import (
-    PretrainConfig,
-    enlarge,
-    group_accuracy,
-    shard_indices,
-    train,
-    upstream_loss,
-)
+from bitlib.pretrain import PretrainConfig, group_accuracy, train, upstream_batches, upstream_loss
 from bitlib.resnet import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,13 +66,9 @@ def pretrained(name: str, config: PretrainConfig, micro_batch: int | None) -> tu
     torch.manual_seed(config.seed)
     model = variant(name, config.model, sum(group.n_classes for group in groups))
 
-    def batch_fn(step: int):
-        images, targets = upstream.batch(shard_indices(step, config.batch_size, len(upstream), config.seed))
-        return enlarge(images, config.image_size), targets
-
     train(
         model,
-        batch_fn,
+        upstream_batches(upstream, config),
         lambda logits, targets: upstream_loss(logits, targets, groups, config.loss),
         config.lr_at,
         config.steps,

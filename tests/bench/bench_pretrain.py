@@ -1,6 +1,6 @@
 """What does the pre-training loop cost beside the bare computation? And does it ever wait for its images?
 
-    python tests/bench/bench_pretrain.py [--rounds 9] [--steps 10] [--model R26x0.25]
+    python tests/bench/bench_pretrain.py [--rounds 9] [--steps 12] [--model R26x0.25]
 
 Takes in turn, round after round in one process, so that whatever slows the machine slows both:
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from bitlib.data import GlyphNet
-from bitlib.pretrain import enlarge, shard_indices, train, upstream_loss
+from bitlib.pretrain import PretrainConfig, train, upstream_batches, upstream_loss
 from bitlib.resnet import create_model
 
 BATCH, SIDE = 128, 64
@@ -34,7 +34,7 @@ BATCH, SIDE = 128, 64
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=10, help="steps of each contestant in a round")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each contestant in a round")
     parser.add_argument("--model", default="R26x0.25")
     args = parser.parse_args(argv)
 
@@ -47,30 +47,29 @@ def main(argv: list[str] | None = None) -> int:
     def loss_fn(logits, targets):
         return upstream_loss(logits, targets, groups, "softmax", 0.0)
 
-    def render(step: int):
-        images, targets = data.batch(shard_indices(step, BATCH, len(data)))
-        return enlarge(images, SIDE), targets
-
+    block = data.together // BATCH  # the images of so many steps are rendered at once
+    args.steps = -(-args.steps // block) * block
+    render = upstream_batches(data, PretrainConfig(steps=block + args.steps, batch_size=BATCH, image_size=SIDE))
     ready = [render(step) for step in range(args.steps)]
     ready = [(x.contiguous(memory_format=torch.channels_last), targets) for x, targets in ready]
     optimizer = torch.optim.SGD(models[1].parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     models[1].train()
 
     def loop() -> float:
-        """From the end of the first step to the end of the last: the threads are started by then."""
+        """From the end of the first block of steps to the end of the last: as many are rendered as are computed."""
         times: list[float] = []
         train(
             models[0],
             render,
             loss_fn,
             lambda step: 0.01,
-            args.steps + 1,
+            block + args.steps,
             weight_decay=1e-4,
             clip_norm=10.0,
             progress=False,
             on_step=lambda step, model: times.append(time.perf_counter()),
         )
-        return times[-1] - times[0]
+        return times[-1] - times[block - 1]
 
     def bare() -> float:
         start = time.perf_counter()
