@@ -4,13 +4,13 @@
 
 For each task, each number of examples a class and each seed it trains, on the same images,
 
-  bit-mini-m finetuned  BiT-mini-M fine-tuned by the BiT-HyperRule, without flips and crops that would change a label
-  bit-mini-m ridge      ridge regression on the frozen features of the same checkpoint
-  bit-mini-m probe      multinomial logistic regression on the same features
-  scratch               the same network from random weights, the same steps and augmentations, with a warm-up
-  logistic pixels       logistic regression on the 32x32 pixels in [0, 1], C = 1
-  logistic hog          multinomial logistic regression on histograms of oriented gradients (HOG) of these pixels
-  svm pixels            a support vector machine (RBF) on the pixels
+  finetuned         BiT-mini-M fine-tuned by the BiT-HyperRule, without flips and crops that would change a label
+  ridge             ridge regression on the frozen features of the same checkpoint
+  probe             multinomial logistic regression on the same features
+  scratch           the same network from random weights, the same steps and augmentations, with a warm-up
+  logistic pixels   logistic regression on the 32x32 pixels in [0, 1], C = 1
+  logistic hog      multinomial logistic regression on histograms of oriented gradients (HOG) of these pixels
+  svm pixels        a support vector machine (RBF) on the pixels
 
 and measures top-1 on the task's test images. Nothing is chosen for the rule and for logistic regression on pixels;
 ridge, probe and the regression on HOG choose their strength within their training images. The network from scratch
@@ -26,6 +26,11 @@ given again. --tasks, --methods, --seeds, --shots, --rates and --rate-seeds make
 
 says how many runs are left and what they cost. A fine-tuning or a training from scratch is 500 steps of 32 images at
 64x64, about half a minute on a quiet CPU core; the other methods take seconds.
+
+    python tools/few_shot_tasks.py --model BiT-mini-S --tasks digits --methods finetuned ridge
+
+does the first two for another checkpoint, in data/results/few_shot_bit-mini-s.json. In the results a method that uses
+a checkpoint has its name in front: "bit-mini-m ridge".
 
     python tools/few_shot_tasks.py --mini-rates 0.003 0.01 0.03 0.1 0.3 --seeds 0 1
 
@@ -73,17 +78,16 @@ from bitlib.resnet import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("digits", "textures", "histology", "sky", "photographs", "retina", "depth", "faces")  # all of real pictures
+COMMAND, MODEL = "python tools/few_shot_tasks.py", "BiT-mini-M"
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # C of the support vector machine
-METHODS = (
-    "bit-mini-m finetuned",
-    "bit-mini-m ridge",
-    "bit-mini-m probe",
-    "scratch",
-    "logistic pixels",
-    "logistic hog",
-    "svm pixels",
-)
-NETWORKS = ("bit-mini-m finetuned", "scratch")
+METHODS = ("finetuned", "ridge", "probe", "scratch", "logistic pixels", "logistic hog", "svm pixels")
+NETWORKS = ("finetuned", "scratch")
+OF_THE_CHECKPOINT = ("finetuned", "ridge", "probe")
+
+
+def named(method: str, checkpoint: str) -> str:
+    """What a method is called in the results."""
+    return f"{Path(checkpoint).stem.lower()} {method}" if method in OF_THE_CHECKPOINT else method
 
 
 def enough(task: Task, shots: int) -> bool:
@@ -121,7 +125,7 @@ class Experiment:
         self._features: dict[str, list[Tensor]] = {}
         rule = hyperrule(1, 32, model=self.pretrained)
         self.about = {
-            "command": "python tools/few_shot_tasks.py",
+            "command": COMMAND + (f" --model {self.checkpoint}" if self.checkpoint != MODEL else ""),
             "checkpoint": self.checkpoint,
             "weights_sha256": weights_digest(self.pretrained.state_dict()),
             "architecture": self.pretrained.name,
@@ -171,7 +175,7 @@ class Experiment:
         self.save()
 
     def run(self, name: str, method: str, shots: int, seed: int) -> None:
-        row: dict = {"task": name, "method": method, "shots": shots, "seed": seed}
+        row: dict = {"task": name, "method": named(method, self.checkpoint), "shots": shots, "seed": seed}
         task = load_task(name)
         labels, n_classes = task.train.labels, len(task.classes)
         train, val = split(task, shots, seed)
@@ -180,9 +184,9 @@ class Experiment:
                 row["rate"] = self.best_rate(name, shots)
             model = self.network(method, task, shots, seed, row.get("rate"))
             predicted = predict_logits(model, task.test)[0].argmax(dim=1)
-        elif method in ("bit-mini-m ridge", "bit-mini-m probe", "logistic hog"):
+        elif method in ("ridge", "probe", "logistic hog"):
             pool, test = gradients(task) if method == "logistic hog" else self.features(task)
-            fit = ridge_classifier if method == "bit-mini-m ridge" else linear_probe
+            fit = ridge_classifier if method == "ridge" else linear_probe
             predicted = fit(pool[train], labels[train], num_classes=n_classes, seed=seed)(test).argmax(dim=1)
         else:
             pool, test = pixels(task)
@@ -225,7 +229,11 @@ def jobs(results: dict, args: argparse.Namespace) -> list[tuple]:
         if method in args.methods:
             todo += rates if method == "scratch" else []
             todo += [("run", name, method, shots, seed) for seed in args.seeds for name, shots in cells]
-    return [job for job in todo if job[1:] not in (done if job[0] == "run" else tried)]
+
+    def is_done(kind: str, task: str, method, *rest) -> bool:
+        return (task, method, *rest) in tried if kind == "rate" else (task, named(method, args.model), *rest) in done
+
+    return [job for job in todo if not is_done(*job)]
 
 
 def plan(todo: list[tuple], steps: int) -> str:
@@ -242,14 +250,15 @@ def table(results: dict, args: argparse.Namespace) -> str:
     for task in args.tasks:
         lines.append(f"{task + ', top-1, %':<22}" + "".join(f"{f'{s} shots':>18}" for s in args.shots))
         for method in METHODS:
-            own = [r for r in results["rows"] if (r["task"], r["method"]) == (task, method)]
+            name = named(method, args.model)
+            own = [r for r in results["rows"] if (r["task"], r["method"]) == (task, name)]
             cells = []
             for shots in args.shots:
                 top1 = [100 * r["top1"] for r in own if r["shots"] == shots]
                 spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
                 few = f"({len(top1)})" if len(top1) < len(args.seeds) else ""
                 cells.append(f"{statistics.mean(top1):5.1f} ± {spread:4.1f} {few:>4}" if top1 else "-     ")
-            lines.append(f"{method:<22}" + "".join(f"{cell:>18}" for cell in cells))
+            lines.append(f"{name:<22}" + "".join(f"{cell:>18}" for cell in cells))
         missing = [str(shots) for shots in args.shots if not enough(load_task(task), shots)]
         if missing:
             lines.append(f"  left out, for want of images: {', '.join(missing)} shots")
@@ -275,13 +284,14 @@ def main(argv: list[str] | None = None) -> int:
         "--rates", type=float, nargs="+", default=list(SCRATCH_RATES), help="learning rates from scratch"
     )
     parser.add_argument("--rate-seeds", type=int, default=1, help="seeds on which the rate from scratch is chosen")
-    parser.add_argument("--model", default="BiT-mini-M", help="a checkpoint's name or path")
+    parser.add_argument("--model", default=MODEL, help="a checkpoint's name or path")
     parser.add_argument("--steps", type=int, help="shorter runs, to try the tool; not the rule's")
     parser.add_argument("--mini-rates", type=float, nargs="+", help="choose the rate of the minis' rule among these")
     parser.add_argument("--plan", action="store_true", help="run nothing; say what is left to do")
     parser.add_argument("--out", type=Path, help="the JSON file; by default in data/results")
     args = parser.parse_args(argv)
-    name = "mini_rate.json" if args.mini_rates else "few_shot_tasks.json"
+    name = "few_shot_tasks.json" if args.model == MODEL else f"few_shot_{Path(args.model).stem.lower()}.json"
+    name = "mini_rate.json" if args.mini_rates else name
     out = args.out or ROOT / "data" / "results" / name
     experiment = Experiment(args.model, out, args.steps, choosing=bool(args.mini_rates))
     todo = jobs(experiment.results, args)
