@@ -108,3 +108,15 @@ def test_the_recipes_would_be_caught_if_they_broke(copy: Path):
             companion.read_companion(copy / "chapters" / "98_example.py")
     path.write_text(text, encoding="utf-8")
     assert yaml.safe_load(text).keys() == {"quiz", "hints", "errata"}
+
+
+def test_every_committed_result_is_listed_with_a_command_that_exists():
+    table = dict(re.findall(r"^\| `(\S+\.json)` \| `([^`]+)`", PAGE, re.M))
+    assert set(table) == {path.name for path in (ROOT / "data" / "results").glob("*.json")}
+    for command in table.values():
+        if command.startswith("make "):
+            assert f"\n{command.removeprefix('make ')}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+            continue
+        script, *words = command.removeprefix("python ").split()
+        text = (ROOT / script).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in text for word in words if word.startswith("--")), command
