@@ -926,12 +926,13 @@ for n in counts:
     for first, second in zip(sizes[:2], sizes[2:4], strict=True):
         mean, error = won[first, second, n]
         assert mean > 2 * error  # M over S
-    mean, error = won["bit-mini-s ridge", "scratch", n]
-    assert mean > error  # S, frozen, over no upstream
+        mean, error = won[second, "scratch", n]
+        assert mean > 1.5 * error  # S over no upstream, though not by much
 
 # %% [markdown]
 # The larger upstream wins in both ways to use it, at every number of examples; the fewer the examples, the more. The
-# smaller one is worth more than none at all, if its features stay frozen. S8TEXT
+# smaller one is worth more than none at all, which had its best of six rates and more labels. With one example it is
+# worth several points. With five, one point, less than twice its standard error.
 
 # %% [markdown]
 # ## Proof: three steps by hand
