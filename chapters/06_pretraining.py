@@ -1582,9 +1582,9 @@ seen = PretrainConfig(data="S", steps=10, batch_size=128, seed=3)
 small = GlyphNet("S", seed=3)
 for step, batch_fn in ((0, upstream_batches(small, seen)), (5, upstream_batches(small, seen))):
     for s in range(step, step + 3):
-        alone, labels = small.batch(shard_indices(s, 128, len(small), seed=3))
+        alone, its_labels = small.batch(shard_indices(s, 128, len(small), seed=3))
         x, y = batch_fn(s)
-        assert torch.equal(x, enlarge(alone, 64)) and torch.equal(y, labels)
+        assert torch.equal(x, enlarge(alone, 64)) and torch.equal(y, its_labels)
 
 
 # %% tags=["export"]
