@@ -1936,8 +1936,8 @@ for name in ("BiT-mini-S.json", "BiT-mini-M.json", "BiT-mini-L.json"):
     print("    " + ", ".join(f"{group} {value:.1%}" for group, value in card["val"].items()))
 
 # %% [markdown]
-# The small one's command has two words more. In 6,000 steps it sees each of its 10,000 images 77 times, and without
-# these words it learned them by heart. `--crop 0.3` shows a random window of an image each time, at least three tenths
+# The small one's command has two options more. In 6,000 steps it sees each of its 10,000 images 77 times, and without
+# these options it learned them by heart. `--crop 0.3` shows a random window of an image each time, at least three tenths
 # of its area; `--weight-decay 0.0005` is five times ours. We trained on GlyphNet-S in three ways, and looked at the
 # accuracy on upstream's validation images, nowhere else, to choose one. `tools/upstream_curves.py` collected the curves.
 
@@ -2031,16 +2031,15 @@ plt.show()
 # %%
 val = {(row["architecture"], row["upstream"]): row["val"] for row in grid["networks"]}
 weights = {row["architecture"]: row["parameters"] for row in grid["networks"] if row["upstream"] == "S"}
-print(
-    f"{grid['about']['steps']:,} steps each; upstream: characters right on validation images; then top-1, 10 shots, %"
-)
-print(f"{'':33}" + "".join(f"{size:>14}" for size in sizes))
+print(f"{grid['about']['steps']:,} steps each; characters right on upstream's validation images,")
+print("then top-1 with 10 examples a class; in %")
+print(f"{'':21}" + "".join(f"{size:>12}" for size in sizes))
 for net in nets:
-    cells = "".join(f"{100 * val[net, size]['character']:9.1f}     " for size in sizes[1:])
-    print(f"{net:9}{weights[net] / 1e6:4.1f} million  upstream  {'-':>9}     " + cells)
+    print(f"{net}, {weights[net] / 1e6:.1f} million parameters")
+    print(f"{'  upstream':21}{'-':>12}" + "".join(f"{100 * val[net, size]['character']:12.1f}" for size in sizes[1:]))
     for task in ("digits", "characters"):
         cells = [few[net, size, task, 10] for size in sizes]
-        print(f"{'':23}{task:10}" + "".join(f"{c.mean():8.1f} ± {c.std():3.1f}" for c in cells))
+        print(f"  {task:19}" + "".join(f"{f'{c.mean():.1f} ± {c.std():.1f}':>12}" for c in cells))
 
 # %% [markdown]
 # From S to M every network gains, on the unseen characters more than twenty-five points at every draw. From M to L none
@@ -2088,17 +2087,15 @@ ours = {
     }
     for name, rows in runs.items()
 }
-print(f"ours: {ablation['about']['steps']} steps, mean ± standard deviation over {len(runs['BN'])} pre-trainings;")
+print(f"ours: {ablation['about']['steps']} steps, mean ± standard deviation over {len(runs['BN'])} pre-trainings")
+print("best of three rates: " + ", ".join(f"{name} {rows[0]['rate']}" for name, rows in runs.items()))
+print("character, ink: upstream; digits, unseen characters: ridge, 10 examples")
 print(
-    "character and ink upstream, then ridge regression on frozen features, 10 examples of digits and unseen characters"
+    f"{'':6}{'paper: ImageNet  VTAB':>22}" + "".join(f"{name:>12}" for name in ("character", "ink", "digits", "unseen"))
 )
-print(f"{'':6}{'paper: ImageNet':>16}{'VTAB':>7}   {'rate':>4}{'character':>14}{'ink':>14}{'digits':>14}{'unseen':>14}")
 for name, (imagenet, vtab) in paper.items():
     cells = [torch.tensor(values, dtype=torch.float64) for values in ours[name].values()]
-    print(
-        f"{name:6}{imagenet:16.1f}{vtab:7.2f}   {runs[name][0]['rate']:4g}"
-        + "".join(f"{c.mean():8.1f} ± {c.std():3.1f}" for c in cells)
-    )
+    print(f"{name:6}{imagenet:15.1f}{vtab:7.2f}" + "".join(f"{f'{c.mean():.1f} ± {c.std():.1f}':>12}" for c in cells))
 for gn_ws, gn, bn_ws, bn in zip(*(runs[name] for name in ("GN+WS", "GN", "BN+WS", "BN")), strict=True):
     assert gn_ws["seed"] == gn["seed"] == bn_ws["seed"] == bn["seed"]
     assert gn_ws["val"]["character"] > gn["val"]["character"] + 0.05

@@ -909,9 +909,9 @@ assert all(min(swept[name], key=swept[name].get) == 10 * rule.base_lr for name i
 for row in json.loads(shipped_file("results/few_shot_bit-mini-s.json").read_text())["rows"]:
     measured.setdefault((row["task"], row["method"], row["shots"]), {})[row["seed"]] = 100 * row["top1"]
 sizes = ["bit-mini-m finetuned", "bit-mini-m ridge", "bit-mini-s finetuned", "bit-mini-s ridge", "scratch"]
-print(f"{'digits, top-1 in %':44}" + "".join(f"{f'{n} shots':>17}" for n in counts))
+print(f"{'digits, top-1 in %':30}" + "".join(f"{f'{n} shots':>12}" for n in counts))
 for way in sizes:
-    print(f"  {way:42}" + "".join(f"{cell('digits', way, n):>17}" for n in counts))
+    print(f"  {way:28}" + "".join(f"{cell('digits', way, n):>12}" for n in counts))
 print("gain in points at equal draws, mean ± standard error")
 won = {}
 for first, second in [(sizes[0], sizes[2]), (sizes[1], sizes[3]), (sizes[2], "scratch"), (sizes[3], "scratch")]:
@@ -921,7 +921,8 @@ for first, second in [(sizes[0], sizes[2]), (sizes[1], sizes[3]), (sizes[2], "sc
         pairs = np.array([one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())])
         won[first, second, n] = pairs.mean(), pairs.std(ddof=1) / len(pairs) ** 0.5
         columns.append("{:+.1f} ± {:.1f}".format(*won[first, second, n]))
-    print(f"  {first + ' over ' + second:42}" + "".join(f"{column:>17}" for column in columns))
+    words = f"{first} over {second}".replace("bit-mini-", "")
+    print(f"  {words:28}" + "".join(f"{column:>12}" for column in columns))
 for n in counts:
     for first, second in zip(sizes[:2], sizes[2:4], strict=True):
         mean, error = won[first, second, n]
