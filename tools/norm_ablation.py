@@ -28,12 +28,12 @@ import sys
 from pathlib import Path
 
 import torch
-from scaling import held_out_characters
+from scaling import few_shot_tasks
 from torch import nn
 from tqdm import tqdm
 
 from bitlib.conv import StdConv2d
-from bitlib.data import GlyphNet, load_task
+from bitlib.data import GlyphNet
 from bitlib.evaluate import extract_features, few_shot_accuracy, write_json
 from bitlib.norm import GroupNorm
 from bitlib.pretrain import (
@@ -93,8 +93,8 @@ def pretrained(name: str, config: PretrainConfig, micro_batch: int | None) -> tu
 
 def few_shot(model: nn.Module) -> dict[str, float]:
     """Ridge regression on the frozen features at 10 examples a class, the mean of ten draws."""
-    digits, found = load_task("digits"), {}
-    for task, (pool, test) in {"digits": (digits.train, digits.test), "characters": held_out_characters()}.items():
+    found = {}
+    for task, (pool, test) in few_shot_tasks().items():
         scores = few_shot_accuracy(extract_features(model, pool), extract_features(model, test), 10, range(10))
         found[task] = scores.per_seed.mean().item()
     return found

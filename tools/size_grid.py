@@ -100,8 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
             weights = folder / "model.safetensors"
             sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-            said = ["model", "data", "steps", "decay_at"]
-            if [card["config"][key] for key in said] != [architecture, upstream, args.steps, [0.7, 0.85, 0.95]]:
+            if card["command"] != " ".join(["python", *command(architecture, upstream, args.steps)]):
                 sys.exit(f"{folder} is another run than asked for: {card['command']}; give another --runs")
             named = {"architecture": architecture, "upstream": upstream}
             networks.append(named | {key: card[key] for key in ("command", "parameters", "images_seen", "val")})
