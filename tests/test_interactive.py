@@ -1,5 +1,6 @@
 """What answers on the pages, in a browser: quizzes, the interactive figures and the demo, against bitlib's numbers."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from book import chapter_paths
 from companion import read_companion
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, TimeoutError
 from screenshots import ROOT, SITE, Visit, browser_path, settle
 from stills import read_reliability, wave
 from vendor import RUNTIME_LIMIT, available, folder
@@ -264,8 +265,13 @@ class TestDemo:
                     for point in points[1:]:
                         page.mouse.move(*point, steps=4)
                     page.mouse.up()
-                page.wait_for_function("document.querySelector('.demo .reading').textContent.includes('I read a')")
-                page.wait_for_timeout(300)  # the last stroke's answer replaces the first one's
+                # the last stroke's answer replaces the first one's, sooner or later
+                with contextlib.suppress(TimeoutError):
+                    page.wait_for_function(
+                        "said => document.querySelector('.demo .reading').textContent.includes(said)",
+                        arg=f"I read a {digit}",
+                        timeout=10_000,
+                    )
                 read[digit] = page.locator(".demo .reading").inner_text()
             wrong = {digit: said for digit, said in read.items() if f"I read a {digit}" not in said}
             assert not wrong, wrong

@@ -32,17 +32,20 @@ def test_the_whole_book_prints_without_a_fault(tmp_path: Path):
     assert len(PdfReader(tmp_path / "book.pdf").pages) > 100
 
 
-def test_a_wide_block_and_a_missing_glyph_are_found(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """The checks above can fail: an image wider than the paper, and a code point that no font has."""
+def test_a_wide_block_a_lost_line_and_a_missing_glyph_are_found(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The checks above can fail: an image wider than the paper, a line beside it, a code point that no font has."""
     (tmp_path / "bad.html").write_text(
         "<!doctype html><meta charset=utf-8><title>Bad</title><article><h1>Bad</h1>"
-        "<p>Here is one that nobody draws: \U000f1234.</p><svg width=2000 height=10></svg></article>",
+        "<p>Here is one that nobody draws: \U000f1234.</p>"
+        "<pre>here = 1\n<span style='position: fixed; left: -99in'>gone = 2</span></pre>"
+        "<svg width=2000 height=10></svg></article>",
         encoding="utf-8",
     )
     assert pdf.main(["--site", str(tmp_path), "--out", str(tmp_path / "bad.pdf"), "--pages", "bad"]) == 1
     said = capsys.readouterr().err
     assert "svg is" in said and "pixels too wide" in said
     assert "without a glyph" in said
+    assert "not printed: 'gone = 2'" in said and "here = 1" not in said
 
 
 def test_a_page_that_is_not_built_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -216,7 +216,7 @@ class TestPage:
 
     def test_dark_mode(self, visit: Visit):
         visit.page.emulate_media(color_scheme="dark")
-        visit.page.wait_for_selector("html[data-theme=dark]", timeout=5_000)
+        visit.page.wait_for_selector("html[data-theme=dark]", timeout=20_000)
         visit.page.wait_for_timeout(400)  # colours fade over
         ground, text = visit.page.evaluate(
             "() => [document.body, document.querySelector('article p')].map((e, i) =>"

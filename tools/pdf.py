@@ -3,7 +3,8 @@
     python tools/pdf.py [--out _build/book.pdf] [--pages intro chapters/02_group_normalization ...]
 
 Prints one line for each fault and exits 1 if there is any: a block of code, table or equation that is wider than the
-paper, or a character for which no font has a glyph. Needs Chromium and a built site (`make book`).
+paper, a line of code or output that is not on it, or a character for which no font has a glyph. Needs Chromium and a
+built site (`make book`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ TOO_WIDE = """() => {
   return wide;
 }"""
 
+LINES = """() => [...document.querySelectorAll('article pre')].filter(e => e.getClientRects().length)
+  .flatMap(e => e.innerText.split('\\n'))"""
+
 
 def book_pages(root: Path = ROOT) -> list[str]:
     """The pages of the book, in the order of the table of contents."""
@@ -61,12 +65,12 @@ def unfold(page: Page) -> None:
 
 
 def print_page(page: Page, path: Path) -> list[str]:
-    """Print an open page; returns what does not fit on the paper."""
+    """Print an open page; returns what does not fit on the paper, and the lines that are not on it."""
     unfold(page)
     page.emulate_media(media="print", color_scheme="light")
     page.set_viewport_size({"width": round(PAPER["width"] - 2 * MARGIN), "height": round(PAPER["height"])})
     settle(page)
-    wide = page.evaluate(TOO_WIDE)
+    wide, lines = page.evaluate(TOO_WIDE), page.evaluate(LINES)
     margin = f"{MARGIN}px"
     page.pdf(
         path=path,
@@ -79,7 +83,12 @@ def print_page(page: Page, path: Path) -> list[str]:
         outline=True,
         tagged=True,
     )
-    return [f"{name} is {over} pixels too wide: {text!r}" for name, text, over in wide]
+    # without white space, because a long line is broken where the paper ends
+    printed = "".join("".join(sheet.extract_text().split()) for sheet in PdfReader(path).pages)
+    lost = [line for line in lines if "".join(line.split()) not in printed]
+    return [f"{name} is {over} pixels too wide: {text!r}" for name, text, over in wide] + [
+        f"not printed: {line.strip()!r}" for line in lost
+    ]
 
 
 def missing_glyphs(reader: PdfReader) -> Iterator[tuple[int, str]]:

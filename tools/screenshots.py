@@ -60,11 +60,13 @@ def launch(playwright: Playwright) -> Browser:
 
 
 def settle(page: Page) -> None:
-    """Wait until the equations are set and every picture, also one further down, is there."""
+    """Wait until the equations are set, every picture, also one further down, is there, and all of it is drawn."""
     page.evaluate("() => window.MathJax?.startup?.promise")
     page.evaluate(
         "() => Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => {}) }))"
     )
+    # What was folded away a moment ago has its room at once, but is printed empty until a frame has been drawn.
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 class Visit:
