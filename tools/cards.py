@@ -26,6 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 0.001
 
 
+def measure(checkpoint: Path, config: PretrainConfig) -> tuple[int, dict[str, float]]:
+    """The number of a checkpoint's parameters, and its top-1 in each kind of label on upstream's validation images.
+
+    Computed in float32, also where the file holds half of that, as `load_pretrained` gives a shipped model.
+    """
+    model = load_pretrained(checkpoint).float().eval()
+    held_out = GlyphNet(config.data, split="val", seed=config.seed)
+    images, targets = held_out.batch(torch.arange(config.val_images))
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, group_accuracy(model, images, targets, held_out.groups, config.image_size)
+
+
 def differences(checkpoint: Path) -> list[str]:
     """Measure a checkpoint, print its figures beside its card's, and say where the two differ."""
     card = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
@@ -33,13 +45,9 @@ def differences(checkpoint: Path) -> list[str]:
     if hashlib.sha256(checkpoint.read_bytes()).hexdigest() != card["sha256"]:
         wrong.append("the file has another SHA-256")
     config = PretrainConfig(**card["config"])
-    model = load_pretrained(checkpoint)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, found = measure(checkpoint, config)
     if parameters != card["parameters"]:
         wrong.append(f"the card says {card['parameters']:,} parameters, the model has {parameters:,}")
-    held_out = GlyphNet(config.data, split="val", seed=config.seed)
-    images, targets = held_out.batch(torch.arange(config.val_images))
-    found = group_accuracy(model.eval(), images, targets, held_out.groups, config.image_size)
     print(f"{checkpoint.stem}: {config.val_images} validation images of GlyphNet-{config.data}")
     for group in sorted(found.keys() | card["val"].keys()):
         said, measured = card["val"].get(group), found.get(group)

@@ -53,7 +53,7 @@ def networks(folder: Path) -> list[tuple[str, str, nn.Module, str | None]]:
     """(upstream, architecture, model, hash of the file) for each checkpoint, and for each architecture untrained."""
     found: list[tuple[str, str, nn.Module, str | None]] = []
     for path in sorted(folder.glob("BiT-mini-*.safetensors")):
-        model = load_pretrained(path)
+        model = load_pretrained(path).float()  # one of the files holds float16
         upstream = path.stem.removeprefix("BiT-mini-").partition("-")[0]
         found.append((upstream, model.name, model, hashlib.sha256(path.read_bytes()).hexdigest()))
     for architecture in sorted({name for _, name, _, _ in found}):
