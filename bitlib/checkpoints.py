@@ -685,7 +685,7 @@ HUGGINGFACE_NAMES = [
     "timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k",
     "timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k_384",
 ]
-MINI_NAMES = ["BiT-mini-S", "BiT-mini-M", "BiT-mini-L"]
+MINI_NAMES = ["BiT-mini-S", "BiT-mini-M", "BiT-mini-L", "BiT-mini-M-R14x0.25", "BiT-mini-M-R26x0.5"]
 
 
 def cache_dir() -> Path:
@@ -797,9 +797,10 @@ def download(url: str, path: str | Path, attempts: int = 3) -> Path:
 def load_pretrained(name_or_path: str | Path, num_classes: int | None = None) -> ResNetV2:
     """A pre-trained model, in eval mode.
 
-    name_or_path: `BiT-mini-{S,M,L}`, which ship with the book; an official name, `BiT-{S,M}-R...` or
-    `BiT-M-R...-ILSVRC2012`, or timm's copy, `timm/resnetv2_..._bit...` (downloaded once, checked, cached);
-    or a path to an official .npz, to our .safetensors, or to a timm or transformers checkpoint.
+    name_or_path: `BiT-mini-{S,M,L}` (R26x0.25) and `BiT-mini-M-{R14x0.25,R26x0.5}`, which ship with the book,
+    in float32; an official name, `BiT-{S,M}-R...` or `BiT-M-R...-ILSVRC2012`, or timm's copy,
+    `timm/resnetv2_..._bit...` (downloaded once, checked, cached); or a path to an official .npz, to our
+    .safetensors, or to a timm or transformers checkpoint.
     num_classes: None keeps the checkpoint's own head, a number gives a new head of zeros, 0 gives no head.
     `model.image_size` is the resolution to evaluate at. Inputs are in [-1, 1].
     Raises ValueError for an unknown name, CheckpointError for a file that cannot be had or used.
@@ -814,7 +815,7 @@ def load_pretrained(name_or_path: str | Path, num_classes: int | None = None) ->
             path = shipped_file(f"checkpoints/{name}.safetensors")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{name} is not in this copy of the book: {error}") from error
-        return load_checkpoint(path, num_classes)
+        return load_checkpoint(path, num_classes).float()  # the largest is stored in float16
     downloadable = name in OFFICIAL_NAMES or name in HUGGINGFACE_NAMES
     if not downloadable and (isinstance(name_or_path, Path) or "/" in name or Path(name).suffix in _FORMATS):
         return load_checkpoint(name_or_path, num_classes)

@@ -292,7 +292,7 @@ def finetune(
     micro_batch: int | None = None,
     save_every: int = 100,
 ) -> FinetuneResult:
-    """Fine-tune a copy of a pre-trained network on a data set of (PIL image or uint8 tensor, class index).
+    """Fine-tune a copy of a pre-trained network, in float32, on a data set of (PIL image or uint8 tensor, class index).
 
     rule: the BiT-HyperRule for this data set and this model by default. Images are resized, cropped, flipped
         and normalised as it says; the caller does none of that.
@@ -326,7 +326,7 @@ def finetune(
     if len(images.labels.unique()) < 2:
         raise ValueError("the training set holds a single class; there is nothing to tell apart")
 
-    tuned = copy.deepcopy(model)
+    tuned = copy.deepcopy(model).float()  # half precision, as a file may hold, would round small steps away
     with torch.random.fork_rng(devices=[]):  # a linear layer draws random weights even if they become zeros
         tuned.reset_head(len(classes))
     tuned.head.to(next(model.parameters()).device)

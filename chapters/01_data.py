@@ -902,12 +902,11 @@ print("held out:", " ".join(table.characters[c] for c in table.held_out))
 # $q$ and the step $d$ (atlas pixels per pixel of the frame) make a linear map,
 #
 # $$\begin{pmatrix} x' \\ y' \end{pmatrix} = d
-# \begin{pmatrix} 1 & s \\ 0 & 1 \end{pmatrix}
-# \begin{pmatrix} q & 0 \\ 0 & 1/q \end{pmatrix}
+# \begin{pmatrix} q & s \\ 0 & 1/q \end{pmatrix}
 # \begin{pmatrix} \cos\phi & \sin\phi \\ -\sin\phi & \cos\phi \end{pmatrix}
 # \begin{pmatrix} x \\ y \end{pmatrix},$$
 #
-# and between four pixels of the atlas we interpolate. Two details matter.
+# and between four pixels of the atlas we interpolate. Three details matter.
 #
 # *No tables of sines.* Two machines may disagree in the last bit of a sine, and we want the same bytes everywhere. With
 # $t = \tan(\phi/2)$, we have $\cos\phi = (1 - t^2)/(1 + t^2)$ and $\sin\phi = 2t/(1 + t^2)$: multiplications and a
@@ -1160,7 +1159,8 @@ def _photographs(size: int) -> list[list[np.ndarray]]:
 # Nothing so far asks *how many*. So some images show one to six marks: discs, squares, hearts, small letters. They
 # may not touch. We throw darts: a random place is kept if it is far enough from those kept before, until the number
 # is reached or forty darts are thrown. The label is the number of marks that found a place. For a single mark, as for
-# a single character, a further label says in which of 4 × 4 parts of the frame it lies.
+# a single character, a further label says in which of 4 × 4 parts of the frame it lies. (Most characters stand within a
+# few pixels of the middle of the frame, so nearly all of them in one of the middle four parts.)
 
 
 # %% tags=["export"]
@@ -1595,13 +1595,13 @@ class Task:
 # %% [markdown]
 # ### Pictures that come one by one
 #
-# The first task are the digits of the experiment above: written by 13 people, scanned, and reduced to 8 × 8 pixels
+# The first task is the digits of the experiment above: written by 13 people, scanned, and reduced to 8 × 8 pixels
 # with 17 levels of grey {cite}`alpaydin1998optical`. We enlarge them to 32 × 32, and split them into 1,000 images to
 # train on (or to choose few-shot examples from) and 797 to test on. The split keeps the share of each class, and it
 # comes from our counter-based generator, so it is the same for everybody.
 #
 # The second are the 200 snippets of 25 × 25 pixels that scikit-image took from *Labeled Faces in the Wild*: a face, or
-# something else. The third are the characters and the typefaces that GlyphNet holds out. We train in the one typeface and
+# something else. The third are the characters and the typefaces that GlyphNet holds out. We train in one typeface and
 # test in the other, so that not even the outlines are the same.
 
 

@@ -426,7 +426,7 @@ print("along x_hat below 1e-4:", (grad_x * x_hat).sum(dim=2).abs().max().item() 
 # ## A short cut that is wrong
 #
 # The variance is also $E[x^2] - E[x]^2$. It needs one pass over the data instead of two, and it is exact, on paper.
-# A float32 has 24 bits, some seven digits. When the mean is 1,000 and the deviation 1, both terms are about
+# A float32 has 24 significant bits, some seven digits. When the mean is 1,000 and the deviation 1, both terms are about
 # a million, and their difference is in the digits that have just been rounded away.
 #
 # **Before you run it:** from which mean on will the short cut be off by more than 1 %?
@@ -478,8 +478,8 @@ plt.show()
 #
 # There is a surprise in the picture. PyTorch's own kernel for `channels_last` tensors on the CPU takes the short cut,
 # in the version that this book is pinned to; its kernel for ordinary tensors does not. We keep it, since a mean of
-# ten standard deviations costs it less than a thousandth; but whoever feeds a network inputs in $[0, 255]$ through
-# such a layer first should know.
+# ten standard deviations costs it less than a thousandth; but whoever normalizes numbers whose mean is hundreds of times
+# their deviation, temperatures in kelvin or a nearly blank page, should know.
 #
 # ## Proof
 #

@@ -163,7 +163,7 @@ variants = {
         (w - w.mean(dim=(1, 2, 3), keepdim=True)) / (w.std(dim=(1, 2, 3), keepdim=True) + 1e-5)
     ),
 }
-unit = standardize_as_written(torch.randn(64, 3, 3, 3, dtype=torch.float64))  # 27 numbers a filter, as after the stem
+unit = standardize_as_written(torch.randn(64, 3, 3, 3, dtype=torch.float64))  # 27 numbers: 3 × 3 on an RGB image
 deviations = [10.0**-k for k in range(1, 7)]
 result = {
     name: [f(deviation * unit).square().mean().sqrt().item() for deviation in deviations]
@@ -555,7 +555,8 @@ print(net[0], "->", folded[0])
 # It computes the same function, so its loss is the same. Its gradient is not. In the folded network the parameter *is*
 # $\hat W$, so its gradient is $g$, with the two parts that {eq}`eq-ws-gradient` takes off, and without the factor
 # $1/s$. In the unfolded network a step of rate $\eta$ moves $\hat W$ by about $-\frac{\eta}{s}\frac{\partial L}{\partial W}$,
-# which has a factor $1/s^2$. Filters start with a deviation near 0.1 here, so that factor is about a hundred.
+# which has a factor $1/s^2$. The filters of our trained network have deviations between about 0.3 in the first layer and
+# 0.06 in the last, so that factor is between ten and a few hundred.
 #
 # We take one and the same step, 100 digits at a rate of $10^{-4}$, in both, and compare how the filters that meet the
 # image moved.
@@ -592,7 +593,7 @@ print("the folded step moves the means of the filters, the other does not:", dri
 
 # %% [markdown]
 # The same rate is a different step, and the two networks part at once. To see what it means, we fine-tune both on
-# a task that needs new filters: the digits in inverse, white on black, from 200 examples, at the HyperRule's rate of
+# a task that needs new filters: the digits in inverse, black on white, from 200 examples, at the HyperRule's rate of
 # 0.003.
 
 # %% tags=["nbval-ignore-output"]
@@ -614,8 +615,9 @@ assert (inverse_errors["folded"] > inverse_errors["unfolded"] + 10).all()  # on 
 # %% [markdown]
 # The folded network hardly learns. A higher rate would help it along, but then it is a plain network with group norm,
 # with the troubles that this chapter began with, and no recipe made for BiT fits it. That is why
-# `fold_weight_standardization` returns a network whose parameters ask for no gradient: an optimiser that is handed one
-# raises an error instead of training the wrong thing. Keep the unfolded network; fold a copy.
+# `fold_weight_standardization` returns a network whose parameters ask for no gradient: `loss.backward()` raises an error
+# instead of training the wrong thing. (Give it a new head, and the head alone will train.) Keep the unfolded network;
+# fold a copy.
 #
 # ```{admonition} Where sources disagree
 # :class: note

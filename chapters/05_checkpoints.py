@@ -1061,7 +1061,7 @@ assert abs(off["[0, 255]"] - off["[0, 1]"]) < 1e-4
 
 # %% [markdown]
 # It does. A factor alone changes nothing, $[0, 255]$ is as wrong as $[0, 1]$ and no more, and the difference is that
-# of a black frame around a grey one. (Normalising each channel by its own mean and deviation scales the channels
+# of a black frame instead of a grey one. (Normalising each channel by its own mean and deviation scales the channels
 # against each other, which is a change of colour and not only of the frame.) How much accuracy such a frame costs a
 # trained network is not measured here; at a small resolution, where more of the image is border, it is more. The
 # remedy is to feed what `bitlib.data.normalize` gives.
@@ -1075,7 +1075,8 @@ assert abs(off["[0, 255]"] - off["[0, 1]"]) < 1e-4
 # | BiT-L | JFT-300M {cite}`sun2017revisiting` | 300 million | 18,291, noisy, several to an image | never |
 #
 # The sizes are those of the paper {cite}`kolesnikov2020big`. BiT-S and BiT-M exist in the six architectures below,
-# BiT-M also fine-tuned on ILSVRC-2012 {cite}`bittransfer_code`. How large is a file? Four bytes a parameter:
+# BiT-M also fine-tuned on ILSVRC-2012; there are files fine-tuned on each task of VTAB-1k as well, and a few distilled
+# ones {cite}`bittransfer_code`. How large is a file? Four bytes a parameter:
 
 # %%
 rows = []
@@ -1121,7 +1122,7 @@ HUGGINGFACE_NAMES = [
     "timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k",
     "timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k_384",
 ]
-MINI_NAMES = ["BiT-mini-S", "BiT-mini-M", "BiT-mini-L"]
+MINI_NAMES = ["BiT-mini-S", "BiT-mini-M", "BiT-mini-L", "BiT-mini-M-R14x0.25", "BiT-mini-M-R26x0.5"]
 
 
 def cache_dir() -> Path:
@@ -1288,9 +1289,10 @@ print(sorted(file.name for file in path.parent.iterdir() if file.suffix != ".loc
 def load_pretrained(name_or_path: str | Path, num_classes: int | None = None) -> ResNetV2:
     """A pre-trained model, in eval mode.
 
-    name_or_path: `BiT-mini-{S,M,L}`, which ship with the book; an official name, `BiT-{S,M}-R...` or
-    `BiT-M-R...-ILSVRC2012`, or timm's copy, `timm/resnetv2_..._bit...` (downloaded once, checked, cached);
-    or a path to an official .npz, to our .safetensors, or to a timm or transformers checkpoint.
+    name_or_path: `BiT-mini-{S,M,L}` (R26x0.25) and `BiT-mini-M-{R14x0.25,R26x0.5}`, which ship with the book,
+    in float32; an official name, `BiT-{S,M}-R...` or `BiT-M-R...-ILSVRC2012`, or timm's copy,
+    `timm/resnetv2_..._bit...` (downloaded once, checked, cached); or a path to an official .npz, to our
+    .safetensors, or to a timm or transformers checkpoint.
     num_classes: None keeps the checkpoint's own head, a number gives a new head of zeros, 0 gives no head.
     `model.image_size` is the resolution to evaluate at. Inputs are in [-1, 1].
     Raises ValueError for an unknown name, CheckpointError for a file that cannot be had or used.
@@ -1305,7 +1307,7 @@ def load_pretrained(name_or_path: str | Path, num_classes: int | None = None) ->
             path = shipped_file(f"checkpoints/{name}.safetensors")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{name} is not in this copy of the book: {error}") from error
-        return load_checkpoint(path, num_classes)
+        return load_checkpoint(path, num_classes).float()  # the largest is stored in float16
     downloadable = name in OFFICIAL_NAMES or name in HUGGINGFACE_NAMES
     if not downloadable and (isinstance(name_or_path, Path) or "/" in name or Path(name).suffix in _FORMATS):
         return load_checkpoint(name_or_path, num_classes)
@@ -1398,7 +1400,7 @@ def my_to_oihw(kernel: Tensor) -> Tensor:
 check_to_oihw(my_to_oihw)
 
 # %% [markdown]
-# **2. Any prefix, any number.** The files of the VTAB models may come as `resnet/...` or under another scope, and
+# **2. Any prefix, any number.** Suppose that a file's keys may stand under `resnet/...` or under another scope, and come
 # with numbered kernels. Turn a list of such keys into a dictionary from key to our name. All keys of a file share
 # one prefix, and exactly one ends in `root_block/standardized_conv2d/kernel`, perhaps with a number.
 

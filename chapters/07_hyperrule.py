@@ -348,7 +348,7 @@ ax.set_ylabel("times each image is shown")
 plt.show()
 
 # %% [markdown]
-# Ten images are shown 25,600 times each, and still the paper's networks do not over-fit badly: it uses
+# Ten images are shown 25,600 times each, and still the paper's networks do not over-fit badly. The paper uses
 # neither weight decay nor dropout downstream and finds that a suitable length of the schedule regularises
 # enough {cite}`kolesnikov2020big`. At the upper end of each class the number of passes is 12.8, 10.2 and (on
 # ImageNet) 8.0.
@@ -408,12 +408,12 @@ for step in (0, 1, 99, 100, 149, 150, 199, 200, 201):
 # 0 it is exactly 0: the first of the 500 steps leaves the weights as they are and only fills the momentum
 # buffer. Neither matters to the result; both matter if you want to reproduce a run bit for bit.
 #
-# The third variant, `"simplified"`, is what two widely-copied summaries give: fewer steps, a cosine
-# {cite}`loshchilov2017sgdr` in place of the staircase,
+# The third variant, `"simplified"`, is put together from two widely-copied summaries: the fewer steps and the missing
+# MixUp of one, and the cosine {cite}`loshchilov2017sgdr` that both name in place of the staircase,
 #
-# $$\eta_t = \frac{\eta_0}{2} \left(1 + \cos\frac{\pi t}{T}\right),$$
+# $$\eta_t = \frac{\eta_0}{2} \left(1 + \cos\frac{\pi t}{T}\right).$$
 #
-# and no MixUp. It is a sensible recipe. It is not BiT's.
+# It is a sensible recipe. It is not BiT's.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels, small, medium and large data sets, each with the learning rate over steps on a logarithmic axis for three variants. Paper and official are staircases of three drops with the official's drops later in the small class and its start a short warm-up; simplified is a cosine that ends far earlier in the medium and large classes."}}
 fig, axes = plt.subplots(1, 3, sharey=True, layout="constrained")
@@ -459,8 +459,8 @@ print(f"R152x4, 480 x 640: paper {rule.resize} -> {rule.crop}")
 # %% [markdown]
 # ## MixUp
 #
-# With 500 steps the net never has time to memorise; with 10,000 it does. For medium and large tasks the rule
-# adds MixUp {cite}`zhang2018mixup`: the net is shown a blend of two images and asked for the same blend of
+# The authors found MixUp {cite}`zhang2018mixup` useful for data sets of middle size and not for a few examples a class
+# {cite}`kolesnikov2020big`. So for medium and large tasks the rule adds it: the net is shown a blend of two images and asked for the same blend of
 # their labels,
 #
 # $$\tilde x = \lambda x_i + (1 - \lambda)\, x_j, \qquad \tilde y = \lambda y_i + (1 - \lambda)\, y_j, \qquad
@@ -607,7 +607,9 @@ expected = v2.MixUp(alpha=0.1, num_classes=5)(batch, classes)
 ours = mixup(batch, F.one_hot(classes, 5).float(), lam, torch.arange(6).roll(1))
 for mine, theirs in zip(ours, expected, strict=True):
     torch.testing.assert_close(mine, theirs)
-print("largest difference:", max((a - b).abs().max().item() for a, b in zip(ours, expected, strict=True)) < 1e-6)
+worst = max((a - b).abs().max().item() for a, b in zip(ours, expected, strict=True))
+print("largest difference below 1e-6:", worst < 1e-6)
+assert worst < 1e-6
 
 # %% [markdown]
 # ## A smaller machine
@@ -795,8 +797,22 @@ for name, values in regrets.items():
     cells = (f"{m:.1f} ± {e:.1f}" for m, e in zip(values.mean(dim=0).tolist(), error.tolist(), strict=True))
     print(f"{name:32}" + "".join(f"{cell:>18}" for cell in cells))
 assert regrets["all"][:, 0].mean() <= 2
+assert all(regrets[name][:, 0].mean() > 2 for name in ("histology", "textures"))
+means = {
+    (name, rate, steps): sum(runs[name, draw, rate, steps]["test_top1"] for draw in draws) / len(draws)
+    for name, _, rate, steps in runs
+}
+for name in ("digits", "textures"):  # nearly the same product, at two rates
+    assert means[name, 0.1, 250] > means[name, 0.3, 100] + 0.15
+assert max(swept_rates) == max((key for key in means if key[0] == "histology"), key=means.get)[1]
 
 # %% [markdown]
+# The bound holds by a hair, and the standard error is far larger than the margin. It holds because of the digits, on which
+# the rate was picked; on the two other tasks the mean regret is above two points. On histology the best setting is at
+# the largest rate that we tried, so a wider search might find the rule worse still. And the product of rate and length is
+# not what matters here: at nearly the same product, a high rate for few steps is far worse on the digits and the textures
+# than a third of the rate for more than twice as many.
+#
 # A mean comes with its standard error over the draws, and in the last line over tasks and draws together, as if they
 # were independent; draws of one task have more in common than that. A regret below zero in column (a) means that the
 # validation images led the search astray: a few images of each class cannot tell good settings apart, and whoever
@@ -843,6 +859,8 @@ print(replace(hyperrule(100, (32, 32), model=mini), flip=False))
 # 20,000 images), off-by-one and warm-up included.
 
 # %% tags=["check", "hide-cell"]
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -863,8 +881,8 @@ def check_small_lr(small_lr):
 
 def check_path_length(path_length):
     """Check a function of (steps, base_lr) that sums the paper's staircase over a run."""
-    for n in (10, 50_000, 1_000_000):
-        rule = hyperrule(n, 32)
+    for n, base_lr in ((10, 0.003), (50_000, 0.003), (1_000_000, 0.003), (10, 0.1)):
+        rule = replace(hyperrule(n, 32), base_lr=base_lr)
         expected = sum(rule.lr(step) for step in range(rule.steps))
         answer = path_length(rule.steps, rule.base_lr)
         assert answer is not None, "path_length returned nothing"
@@ -909,7 +927,7 @@ def small_lr(step):
 check_small_lr(small_lr)
 
 # %% [markdown]
-# **2. How far can a run move?** We saw that rate × steps is what counts. Derive a closed form for the sum of
+# **2. How far can a run move?** For the linear layer rate × steps was what counted. Derive a closed form for the sum of
 # the learning rates of the paper's staircase over $T$ steps with base rate $\eta_0$ ($T$ is a multiple of
 # 10).
 
@@ -957,7 +975,8 @@ check_mixup_loss(mixup_loss)
 # - Two facts about the data, $n$ and the image area, fix every hyper-parameter; only the length, the
 #   resolution and MixUp depend on them.
 # - The rule replaces a search. In the paper, 40 trials a task gained 2.43 points over it.
-# - Learning rate and number of steps act mostly through their product. Scale one, and think about the other.
+# - For a linear layer, learning rate and number of steps act mostly through their product. For a deep network at a high
+#   rate they do not, as the sweep shows.
 # - MixUp is one $\lambda$ a step; blending labels equals blending losses because cross-entropy is linear in
 #   the target.
 # - Sources disagree about the details. Say which rule you ran: `paper`, `official` or `simplified`.

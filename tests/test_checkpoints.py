@@ -513,6 +513,8 @@ def test_minis_are_shipped_or_their_absence_is_said(name):
         assert isinstance(error, FileNotFoundError) and name in str(error)
     else:
         assert model.num_classes > 0 and not model.training
+        assert model.name == ("R" + name.partition("-R")[2] if "-R" in name else "R26x0.25")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}  # one file holds float16
 
 
 def test_cache_dir(monkeypatch, tmp_path):

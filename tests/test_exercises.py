@@ -413,6 +413,7 @@ WRONG = {
     ],
     "check_path_length": [
         ("constant rate", [lambda t, lr: t * lr], "add up to"),
+        ("one rate for all", [lambda t, lr: 0.003 * t * 0.3331], "add up to"),
         ("thirds", [lambda t, lr: t * lr * (0.3 + 0.03 + 0.003)], "add up to"),
     ],
     "check_mixup_loss": [

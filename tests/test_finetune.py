@@ -1,5 +1,6 @@
 """Fine-tuning: few-shot sampling, the leakage check, the zero head, and the loop, on tiny nets and images."""
 
+import copy
 import dataclasses
 import io
 import math
@@ -492,14 +493,22 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, how):
     straight = start("a", "a.pt")
     broken = start("b", "b.pt")
     deadline = time.monotonic() + 400
-    while not any(int(p.stem[5:]) >= 8 for p in (tmp_path / "b").glob("step-*.safetensors")):
+    while not any(int(p.stem[5:]) >= 4 for p in (tmp_path / "b").glob("step-*.safetensors")):
         assert time.monotonic() < deadline and broken.poll() is None, broken.stderr.read().decode()
-        time.sleep(0.02)
+        time.sleep(0.005)
     broken.send_signal(how)
     assert broken.wait(200) != 0 and not (tmp_path / "b.pt").exists()
     assert start("b", "b.pt").wait(400) == 0 and straight.wait(400) == 0
     a, b = (torch.load(tmp_path / name) for name in ("a.pt", "b.pt"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_model_in_half_precision_is_trained_in_float32(net):
+    same = finetune(copy.deepcopy(net).half().float(), colours(), RULE).model
+    half = copy.deepcopy(net).half()
+    tuned = finetune(half, colours(), RULE).model
+    assert weights(half).dtype == torch.float16 and weights(tuned).dtype == torch.float32
+    assert torch.equal(weights(tuned), weights(same)) and not torch.equal(weights(tuned), weights(half))
 
 
 # ---------------------------------------------------------------- bad input

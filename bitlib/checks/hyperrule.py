@@ -9,6 +9,8 @@ __all__ = [
     "check_mixup_loss",
 ]
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -29,8 +31,8 @@ def check_small_lr(small_lr):
 
 def check_path_length(path_length):
     """Check a function of (steps, base_lr) that sums the paper's staircase over a run."""
-    for n in (10, 50_000, 1_000_000):
-        rule = hyperrule(n, 32)
+    for n, base_lr in ((10, 0.003), (50_000, 0.003), (1_000_000, 0.003), (10, 0.1)):
+        rule = replace(hyperrule(n, 32), base_lr=base_lr)
         expected = sum(rule.lr(step) for step in range(rule.steps))
         answer = path_length(rule.steps, rule.base_lr)
         assert answer is not None, "path_length returned nothing"
