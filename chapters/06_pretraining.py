@@ -560,6 +560,15 @@ for name, rate in (("gentle", 0.008), ("bold", 0.02)):
 for name, values in curves.items():
     print(f"{name:23}" + "".join(f"{value:8.1f}" for value in values))
 
+# %%
+for name in ("gentle", "bold"):
+    fixed, scaled = curves[f"{name}, fixed"], curves[f"{name}, in proportion"]
+    assert all(f > s + 0.2 for f, s in zip(fixed[1:], scaled[1:3], strict=False)), "the rule helps"
+    assert abs(scaled[2] - scaled[0]) < 0.1 < fixed[2] - fixed[0], "flat up to a batch 16 times as large"
+gentle, bold = (curves[f"{name}, in proportion"] for name in ("gentle", "bold"))
+assert abs(gentle[3] - gentle[0]) < 0.1, "the gentle rate is flat up to 64 times"
+assert not bold[3] < bold[2] + 0.1, "the bold one is not"
+
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Loss after four passes over the images against batch size, 16 to 1,024. With the rate fixed, both curves rise steadily. With the rate in proportion to the batch both stay flat up to batch 256; at 1,024 the gentle one is still flat, and the bold one has risen steeply."}}
 figure, axes = plt.subplots()
 for (name, values), style in zip(curves.items(), ("C0o:", "C0o-", "C1s:", "C1s-"), strict=True):
@@ -569,15 +578,6 @@ axes.set_xlabel("batch size (four passes in all cases)")
 axes.set_ylabel("loss at the end")
 axes.legend()
 plt.show()
-
-# %%
-for name in ("gentle", "bold"):
-    fixed, scaled = curves[f"{name}, fixed"], curves[f"{name}, in proportion"]
-    assert all(f > s + 0.2 for f, s in zip(fixed[1:], scaled[1:3], strict=False)), "the rule helps"
-    assert abs(scaled[2] - scaled[0]) < 0.1 < fixed[2] - fixed[0], "flat up to a batch 16 times as large"
-gentle, bold = (curves[f"{name}, in proportion"] for name in ("gentle", "bold"))
-assert abs(gentle[3] - gentle[0]) < 0.1, "the gentle rate is flat up to 64 times"
-assert not bold[3] < bold[2] + 0.1, "the bold one is not"
 
 # %% [markdown]
 # With the gentle rate the rule holds over a factor of 64. With the bold one it holds over 16 and then breaks: sixty-four
