@@ -562,7 +562,7 @@ print(net[0], "->", folded[0])
 # image moved.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def filters_after_a_step(net, lr=1e-4):
     """The filters as the image meets them, before and after one SGD step of a copy of the net, in float64."""
     net = copy.deepcopy(net).double().requires_grad_(True)
@@ -583,10 +583,17 @@ for network in (net, folded):
     before, after = filters_after_a_step(network)
     moves.append([(b - a).detach() for a, b in zip(before, after, strict=True)])
 print("layer   s of W    1/s²   moved, unfolded / folded")
+deviations, ratios = [], []
 for number, (conv, a, b) in enumerate(zip(convolutions(net), *moves, strict=True), start=1):
     s = conv.weight.detach().std(dim=(1, 2, 3), correction=0).square().mean().sqrt().item()
     ratio = (a.norm() / b.norm()).item()
     print(f"{number:5} {s:8.2f} {s**-2:7.0f} {ratio:15.0f}")
+    deviations.append(s)
+    ratios.append(ratio)
+
+# %%
+assert 0.2 < deviations[0] < 0.4 and 0.04 < deviations[-1] < 0.08
+for s, ratio in zip(deviations, ratios, strict=True):
     assert 0.25 < ratio * s**2 < 2  # s differs from filter to filter, and part of g is taken off
 drift = moves[1][0].mean(dim=(1, 2, 3)).abs().max() / moves[0][0].mean(dim=(1, 2, 3)).abs().max()
 print("the folded step moves the means of the filters, the other does not:", drift.item() > 1e6)
