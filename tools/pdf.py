@@ -46,6 +46,7 @@ TOO_WIDE = """() => {
   return wide;
 }"""
 
+# the lines of code and output that are laid out for print
 LINES = """() => [...document.querySelectorAll('article pre')].filter(e => e.getClientRects().length)
   .flatMap(e => e.innerText.split('\\n'))"""
 
@@ -64,8 +65,8 @@ def unfold(page: Page) -> None:
     page.evaluate("() => { document.documentElement.dataset.theme = 'light' }")
 
 
-def print_page(page: Page, path: Path) -> list[str]:
-    """Print an open page; returns what does not fit on the paper, and the lines that are not on it."""
+def print_page(page: Page, path: Path) -> tuple[list[str], list[str]]:
+    """Print an open page; returns what does not fit on the paper, and the lines that belong on it."""
     unfold(page)
     page.emulate_media(media="print", color_scheme="light")
     page.set_viewport_size({"width": round(PAPER["width"] - 2 * MARGIN), "height": round(PAPER["height"])})
@@ -83,12 +84,16 @@ def print_page(page: Page, path: Path) -> list[str]:
         outline=True,
         tagged=True,
     )
+    return [f"{name} is {over} pixels too wide: {text!r}" for name, text, over in wide], lines
+
+
+def lost_lines(reader: PdfReader, lines: list[str]) -> Iterator[str]:
+    """Those of the lines that are not on the paper."""
     # without white space, because a long line is broken where the paper ends
-    printed = "".join("".join(sheet.extract_text().split()) for sheet in PdfReader(path).pages)
-    lost = [line for line in lines if "".join(line.split()) not in printed]
-    return [f"{name} is {over} pixels too wide: {text!r}" for name, text, over in wide] + [
-        f"not printed: {line.strip()!r}" for line in lost
-    ]
+    printed = "".join("".join(sheet.extract_text().split()) for sheet in reader.pages)
+    for line in lines:
+        if "".join(line.split()) not in printed:
+            yield line.strip()
 
 
 def missing_glyphs(reader: PdfReader) -> Iterator[tuple[int, str]]:
@@ -130,9 +135,11 @@ def main(argv: list[str] | None = None) -> int:
             settle(page)
             path = Path(folder) / f"{name.replace('/', '-')}.pdf"
             title = page.locator("article h1").first.inner_text().rstrip("#¶ \n")
-            problems += [f"{name}: {problem}" for problem in print_page(page, path)]
+            too_wide, lines = print_page(page, path)
             page.close()
             reader = PdfReader(path)
+            problems += [f"{name}: {problem}" for problem in too_wide]
+            problems += [f"{name}: not printed: {line!r}" for line in lost_lines(reader, lines)]
             glyphs = {(number, font) for number, font in missing_glyphs(reader)}
             problems += [
                 f"{name}: page {number}: a character without a glyph in {font}" for number, font in sorted(glyphs)

@@ -11,6 +11,7 @@ A checkpoint that is there already is replaced.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import shutil
@@ -19,12 +20,10 @@ from pathlib import Path
 
 from cards import ROOT, measure
 
-from bitlib.checkpoints import load_checkpoint, read_metadata, save_checkpoint
+from bitlib.checkpoints import _OWN_METADATA, load_checkpoint, read_metadata, save_checkpoint
 from bitlib.pretrain import PretrainConfig
 
 LIMIT = 10 * 2**20
-# what `save_checkpoint` writes by itself
-OWN = ("format", "architecture", "num_classes", "image_size")
 
 
 def ship(run: Path, name: str, folder: Path, half: bool) -> Path:
@@ -32,12 +31,11 @@ def ship(run: Path, name: str, folder: Path, half: bool) -> Path:
     card = json.loads((run / "card.json").read_text(encoding="utf-8"))
     path = folder / f"{name}.safetensors"
     if half:
-        about = {key: text for key, text in read_metadata(run / "model.safetensors").items() if key not in OWN}
-        model = load_checkpoint(run / "model.safetensors").half()
-        save_checkpoint(model, path, about)
-        _, val = measure(path, PretrainConfig(**card["config"]))
-        # measured first, then written into the header too: the tensors are the same
-        save_checkpoint(model, path, about | {"val": json.dumps(val), "stored": "float16"})
+        about = read_metadata(run / "model.safetensors")
+        about = {key: text for key, text in about.items() if key not in _OWN_METADATA}
+        rounded = load_checkpoint(run / "model.safetensors").half()
+        val = measure(copy.deepcopy(rounded).float(), PretrainConfig(**card["config"]))
+        save_checkpoint(rounded, path, about | {"val": json.dumps(val), "stored": "float16"})
         card |= {"val": val, "stored": "float16", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     else:
         shutil.copyfile(run / "model.safetensors", path)
